@@ -1,0 +1,74 @@
+"""Turns a contract into a custom op: one function checks its arguments and allocates the outputs, kernels fill them.
+
+The same function is the validation of real calls, the fake kernel of ``torch.compile``, the allocator of every backend
+and, on meta tensors, the oracle of output sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from lrq_kernels import dispatch
+
+_library = torch.library.Library("lrq", "DEF")
+
+Contract = TypeVar("Contract", bound=Callable[..., Any])
+
+
+def operation(allocate: Contract) -> Contract:
+    """Register ``allocate`` as ``torch.ops.lrq.<its name>`` and return the function that calls the op.
+
+    ``allocate`` checks its arguments, raises ``ValueError`` or ``TypeError``, and returns empty output tensors.
+    """
+    name = allocate.__name__
+    defaults = tuple(p.default for p in inspect.signature(allocate).parameters.values())
+    _library.define(name + torch.library.infer_schema(allocate, mutates_args=()))
+
+    def run(*args: Any) -> Any:
+        # The dispatcher drops trailing arguments that equal their defaults.
+        args += defaults[len(args) :]
+        outputs = allocate(*args)
+        dispatch.call(name, args, outputs if isinstance(outputs, tuple) else (outputs,))
+        return outputs
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lrq::{name}", allocate, lib=_library)
+    packet = getattr(torch.ops.lrq, name)
+
+    @functools.wraps(allocate)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return packet(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_matrix(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """Raise unless ``x`` is [M,N] or [B,M,N], not empty, and of one of ``dtypes``."""
+    if x.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: dtype must be one of {allowed}, got {str(x.dtype).removeprefix('torch.')}")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"{name}: shape must be [M,N] or [B,M,N], got {list(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"{name}: must not be empty, got shape {list(x.shape)}")
+
+
+def check_shape(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise unless ``x`` has exactly this shape and dtype."""
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: dtype must be {str(dtype).removeprefix('torch.')}, got {x.dtype}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: shape must be {list(shape)}, got {list(x.shape)}")
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``value``."""
+    return (value + multiple - 1) // multiple * multiple
