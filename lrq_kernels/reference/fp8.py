@@ -2,10 +2,9 @@ import torch
 from torch import Tensor
 
 from lrq_kernels.dispatch import kernel
+from lrq_kernels.minifloat import E4M3_MAX, encode_e4m3
 from lrq_kernels.ops.scaling import expand_scale
 from lrq_kernels.reference.arithmetic import divide
-
-E4M3_MAX = 448.0
 
 
 def shared_amax(x: Tensor, scaling: str, block: int) -> Tensor:
@@ -15,11 +14,6 @@ def shared_amax(x: Tensor, scaling: str, block: int) -> Tensor:
     if scaling == "row":
         return x.abs().amax(-1).float()
     return x.abs().unflatten(-1, (-1, block)).unflatten(-3, (-1, block)).amax((-3, -1)).float()
-
-
-def encode_e4m3(y: Tensor) -> Tensor:
-    """Nearest E4M3 value, ties to even, saturating."""
-    return y.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 @kernel("quantize_fp8", backend="reference")

@@ -3,21 +3,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lrq_kernels.dispatch import kernel
+from lrq_kernels.minifloat import E4M3_MAX, encode_e4m3, power_of_two
 from lrq_kernels.ops.mxfp8 import BLOCK
 from lrq_kernels.reference.arithmetic import divide
-from lrq_kernels.reference.fp8 import E4M3_MAX, encode_e4m3
 from lrq_kernels.reference.search import Candidates, best_scales
 from lrq_kernels.reference.swizzle import swizzle_scales, unswizzle_scales
 
 ZERO_BELOW = E4M3_MAX * 2.0**-127
 """A block with amax at or below this has no exponent: it is zero."""
 LAST_EXPONENT = 254
-
-
-def power_of_two(exponent: Tensor) -> Tensor:
-    """``2^(exponent - 127)`` for biased exponents 0 to 254, exact, float32."""
-    bits = torch.where(exponent > 0, exponent << 23, 1 << 22)
-    return bits.int().view(torch.float32)
 
 
 def rounded_up_exponent(amax: Tensor) -> Tensor:

@@ -3,41 +3,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lrq_kernels.dispatch import kernel
+from lrq_kernels.minifloat import E2M1_MAX, E4M3_MAX, decode_e2m1, decode_e4m3, encode_e2m1, nearest_e2m1
 from lrq_kernels.ops.nvfp4 import BLOCK
 from lrq_kernels.reference.arithmetic import divide
 from lrq_kernels.reference.fp4 import pack_fp4, unpack_fp4
-from lrq_kernels.reference.fp8 import E4M3_MAX
 from lrq_kernels.reference.search import Candidates, best_scales
 from lrq_kernels.reference.swizzle import swizzle_scales, unswizzle_scales
 
-E2M1_MAX = 6.0
 LAST_SCALE = 126  # 448, the largest E4M3 value
-
-
-def nearest_e2m1(y: Tensor) -> Tensor:
-    """Nearest E2M1 value, ties to even, saturating; float32, the sign of zero kept."""
-    magnitude = y.abs().clamp(max=E2M1_MAX)
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    return torch.copysign((magnitude / step).round() * step, y)
-
-
-def encode_e2m1(q: Tensor) -> Tensor:
-    """Code of E2M1 values: sign, two exponent bits, one mantissa bit."""
-    magnitude = q.abs()
-    code = torch.where(magnitude < 2, magnitude * 2, torch.where(magnitude < 4, magnitude + 2, magnitude / 2 + 4))
-    return code.to(torch.uint8) | torch.signbit(q).to(torch.uint8) << 3
-
-
-def decode_e2m1(codes: Tensor) -> Tensor:
-    """Value of E2M1 codes, float32."""
-    low = (codes & 7).float()
-    magnitude = torch.where(low < 4, low / 2, torch.where(low < 6, low - 2, low * 2 - 8))
-    return torch.where(codes > 7, -magnitude, magnitude)
-
-
-def decode_e4m3(codes: Tensor) -> Tensor:
-    """Value of E4M3 codes given as integers, float32."""
-    return codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def _searched(blocks: Tensor, amax: Tensor, ratio: Tensor, tensor_scale: Tensor, coherence: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""How layers rest: safetensors files read by part and written header first."""

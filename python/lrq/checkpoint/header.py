@@ -1,0 +1,166 @@
+"""The header of a safetensors file: read with suspicion, written to the byte.
+
+Format: 8 bytes little-endian length n, n bytes of JSON ``{name: {dtype, shape, data_offsets}, "__metadata__": {…}}``,
+then the data; tensors cover it without gap or overlap (safetensors README, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lrq.errors import InputError, printable
+
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""Bits of one element of every dtype of the format."""
+
+MAX_HEADER = 100_000_000
+"""The limit of the safetensors library."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: ``begin`` and ``end`` are bytes from the start of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Header:
+    """Names, dtypes, shapes and places of all tensors, in the order of their data."""
+
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str] = field(default_factory=dict)
+    data_start: int = 0
+    """Bytes before the data."""
+
+    @property
+    def data_size(self) -> int:
+        """Bytes of data."""
+        return max((entry.end for entry in self.entries), default=0)
+
+
+def lay_out(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[Header, bytes]:
+    """Place (name, dtype, shape) tensors one after the other; the header and its bytes.
+
+    Wide dtypes come first, so that every tensor starts at a multiple of its element size: loaders that view the bytes
+    need that. Within a dtype the given order stays.
+    """
+    ordered = sorted(tensors, key=lambda tensor: -BITS[tensor[1]])
+    entries, offset = [], 0
+    for name, dtype, shape in ordered:
+        end = offset + tensor_size(dtype, shape)
+        entries.append(Entry(name, dtype, tuple(shape), offset, end))
+        offset = end
+    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    for entry in entries:
+        table[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [entry.begin, entry.end]}
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return Header(tuple(entries), metadata, 8 + len(text)), len(text).to_bytes(8, "little") + text
+
+
+def tensor_size(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return (math.prod(shape) * BITS[dtype] + 7) // 8
+
+
+def read_header(file: BinaryIO, path: Path) -> tuple[Header, bytes]:
+    """The header of an open file and its JSON bytes.
+
+    Raises:
+        InputError: not a safetensors file, truncated, or a header that contradicts itself or the file's size.
+    """
+    size = file.seek(0, 2)
+    file.seek(0)
+    if size == 0:
+        raise InputError(f"{path}: the file is empty")
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length < 2 or length > max(MAX_HEADER, size):
+        raise InputError(f"{path}: not a safetensors file (header length {length}, file size {size})")
+    if length > MAX_HEADER:
+        raise InputError(f"{path}: header of {length} bytes is over the limit of {MAX_HEADER}")
+    if length > size - 8:
+        raise InputError(f"{path}: not a safetensors file, or truncated (header of {length} bytes, file of {size})")
+    text = file.read(length)
+    header = parse_header(text, path)
+    missing = header.data_start + header.data_size - size
+    if missing > 0:
+        raise InputError(f"{path}: truncated, {missing} bytes are missing at the end; download or copy it again")
+    if missing < 0:
+        raise InputError(f"{path}: {-missing} bytes follow the last tensor; the header does not describe this file")
+    return header, text
+
+
+def parse_header(text: bytes, path: Path) -> Header:
+    """The header from its JSON bytes; raises :class:`InputError`."""
+    try:
+        table = json.loads(text.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a safetensors file (header is not valid JSON: {_first_line(error)})") from None
+    if not isinstance(table, dict):
+        raise InputError(f"{path}: not a safetensors file (header is not a JSON object)")
+    metadata = table.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError(f"{path}: header: __metadata__ must map strings to strings")
+    entries = sorted((_entry(name, record, path) for name, record in table.items()), key=lambda e: (e.begin, e.end))
+    offset = 0
+    for entry in entries:
+        if entry.begin != offset:
+            problem = "overlaps the tensor before it" if entry.begin < offset else "leaves a gap before it"
+            raise InputError(f"{path}: header: tensor {printable(entry.name)} {problem}")
+        offset = entry.end
+    return Header(tuple(entries), metadata, 8 + len(text))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate key {printable(next(name for name in names if names.count(name) > 1))!r}")
+    return table
+
+
+def _entry(name: str, record: Any, path: Path) -> Entry:
+    where = f"{path}: header: tensor {printable(name)}"
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: not an object")
+    dtype, shape, offsets = record.get("dtype"), record.get("shape"), record.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise InputError(f"{where}: unknown dtype {printable(str(dtype))}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise InputError(f"{where}: shape and data_offsets must be lists of natural numbers")
+    if offsets[1] - offsets[0] != tensor_size(dtype, tuple(shape)):
+        raise InputError(
+            f"{where}: {dtype} {shape} takes {tensor_size(dtype, tuple(shape))} bytes, "
+            f"data_offsets give {offsets[1] - offsets[0]}"
+        )
+    return Entry(name, dtype, tuple(shape), *offsets)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+
+
+def _first_line(error: BaseException) -> str:
+    return printable(str(error).partition("\n")[0])

@@ -1,0 +1,3 @@
+from lrq.cli import main
+
+main()

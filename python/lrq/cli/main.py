@@ -1,0 +1,123 @@
+"""The commands. Only this floor prints."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from lrq.cli.options import DashCommand, configuration_options
+from lrq.errors import InputError
+from lrq_kernels._version import __version__
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def _fail(message: str, code: int = BAD_INPUT) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    raise SystemExit(code)
+
+
+def _guarded(work: Callable[[], Any]) -> Any:
+    """Run ``work``; what a user can cause becomes one line on stderr."""
+
+    def stop(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        return work()
+    except InputError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", INTERRUPTED)
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+    except MemoryError:
+        _fail("out of memory; close other programs or use a machine with more")
+    except OSError as error:
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lrq")
+def main() -> None:
+    """Turn safetensors checkpoints into FP8, INT8, NVFP4 or MXFP8 files that ComfyUI loads."""
+
+
+@click.command(cls=DashCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-i", "--input", "source", required=True, metavar="FILE", help="The .safetensors checkpoint to convert.")
+@click.option("-o", "--output", metavar="FILE", help="The file to write [default: <input>-<format>.safetensors].")
+@configuration_options
+@click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu, cuda, cuda:1, ...")
+@click.option("--verbose", is_flag=True, help="Say of every tensor what becomes of it, and why.")
+@click.version_option(__version__, prog_name="lrq")
+def convert_to_quant(source: str, output: str | None, device: str, verbose: bool, **settings: Any) -> None:
+    """Convert a checkpoint: linear layers to a low-precision format, the rest bit for bit.
+
+    \b
+    Example:
+      convert_to_quant -i model.safetensors --nvfp4 --comfy_quant
+    """
+    from lrq.cli.progress import Progress
+    from lrq.config import Conversion
+
+    def work() -> None:
+        conversion = Conversion.from_settings(settings)
+        from lrq.run import quantize
+
+        with Progress(verbose) as progress:
+            summary = quantize(
+                source,
+                output,
+                conversion=conversion,
+                device=device,
+                on_plan=progress.on_plan,
+                on_layer=progress.on_layer,
+            )
+        progress.summarise(summary)
+
+    _guarded(work)
+
+
+main.add_command(convert_to_quant, "convert")
+
+
+@main.command(cls=DashCommand)
+@click.argument("output", metavar="OUT")
+@click.option("--source", metavar="IN", help="The checkpoint it was made from: compares and measures.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def verify(output: str, source: str | None, as_json: bool) -> None:
+    """Check a converted file: names, shapes, markers, padding, finiteness, unchanged tensors, and the error that remains.
+
+    Exit code 1 if a check fails.
+    """
+    from lrq.cli import tables
+
+    def work() -> bool:
+        from lrq.run import verify as verify_file
+
+        result = verify_file(output, source)
+        tables.print_verification(result, Path(output), as_json)
+        return result.ok
+
+    if not _guarded(work):
+        raise SystemExit(1)
+
+
+@main.command(cls=DashCommand)
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def backends(as_json: bool) -> None:
+    """Which backend has a kernel for which operation on this machine, and why not where one is missing."""
+    from lrq.cli import tables
+
+    _guarded(lambda: tables.print_backends(as_json))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

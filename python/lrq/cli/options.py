@@ -1,0 +1,68 @@
+"""Flags made from the fields of the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from lrq.config import Conversion, Rounding, Storage
+
+
+class DashCommand(click.Command):
+    """A command whose long flags work with dash and underscore alike."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        known = {name for param in self.params for name in param.opts if name.startswith("--")}
+        return super().parse_args(ctx, [_spelled(arg, known) for arg in args])
+
+
+def _spelled(arg: str, known: set[str]) -> str:
+    found = re.fullmatch(r"(--[^=]+)(=.*)?", arg, re.DOTALL)
+    if found is None or found[1] in known:
+        return arg
+    underscored = "--" + found[1][2:].replace("-", "_")
+    return underscored + (found[2] or "") if underscored in known else arg
+
+
+def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add a flag for every field of the configuration."""
+    for part in (Conversion, Rounding, Storage):
+        for setting in reversed(dataclasses.fields(part)):
+            if setting.name not in ("storage", "rounding") and setting.metadata.get("flag", True):
+                command = _option(setting)(command)
+    return command
+
+
+def _option(setting: dataclasses.Field[Any]) -> Callable[..., Any]:
+    meta, default = setting.metadata, setting.default
+    flag = f"--{setting.name}"
+    if meta.get("on_off"):
+        return click.option(
+            flag,
+            type=click.Choice(["on", "off"]),
+            default="on" if default else "off",
+            show_default=True,
+            help=meta["meaning"],
+            callback=lambda ctx, param, value: value == "on",
+        )
+    if isinstance(default, bool):
+        return click.option(flag, is_flag=True, default=default, help=meta["meaning"])
+    kind: Any = str
+    if "choices" in meta:
+        kind = click.Choice(meta["choices"])
+    elif "float" in str(setting.type):
+        kind = float
+    elif "int" in str(setting.type):
+        kind = int
+    return click.option(
+        flag,
+        type=kind,
+        default=default,
+        show_default=default is not None,
+        metavar=meta.get("metavar"),
+        help=meta["meaning"],
+    )

@@ -1,0 +1,92 @@
+"""What a conversion says while it runs and when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+from lrq.errors import printable
+from lrq.models.policy import NOT_A_WEIGHT
+
+if TYPE_CHECKING:
+    from lrq.pipeline import LayerResult
+    from lrq.plan import Plan
+    from lrq.run import Summary
+
+
+def sized(count: float) -> str:
+    """Bytes for people: ``45.2 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+class Progress:
+    """A bar on a terminal, nothing elsewhere; with ``verbose`` a line for every tensor."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose = verbose
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[layer]}", markup=False),
+        )
+        self.bar = Bar(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.started = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def on_plan(self, plan: Plan) -> None:
+        """Start the bar; with ``verbose`` say what is kept."""
+        self.task = self.bar.add_task("quantizing", total=len(plan.layers), layer="")
+        if self.verbose:
+            for name, reason in sorted({**plan.kept, **plan.refused}.items()):
+                self._say(f"keep  {printable(name)}: {reason}")
+
+    def on_layer(self, layer: LayerResult) -> None:
+        """Advance the bar; with ``verbose`` say how the layer went."""
+        name = printable(layer.name)
+        self.bar.update(self.task, advance=1, layer=name)
+        if self.verbose:
+            learned = ", ".join(
+                f"{o.iterations} sweeps, {o.stopped}, objective {o.objective_after / max(o.objective_before, 1e-300):.3f}"
+                for o in layer.outcomes[:1]
+            )
+            self._say(f"{layer.format}  {name} {list(layer.shape)}  {learned}")
+
+    def summarise(self, summary: Summary) -> None:
+        """The last words: what was written, what stayed and why."""
+        for name, reason in sorted(summary.refused.items()):
+            self._say(f"kept as it is  {printable(name)}: {reason}")
+        for notice in summary.notices:
+            self._say(f"notice: {notice}")
+        formats = Counter(layer.format for layer in summary.layers)
+        kept = Counter(reason for reason in summary.kept.values() if reason != NOT_A_WEIGHT)
+        what = ", ".join(f"{count} layers to {name}" for name, count in formats.items())
+        why = ", ".join(f"{reason} ({count})" for reason, count in kept.most_common())
+        self._say(f"{what}; kept as they are: {why}" if why else what)
+        saved = f"{sized(summary.source_size)} -> {sized(summary.output_size)}"
+        seconds = time.monotonic() - self.started
+        self._say(f"{printable(str(summary.output))}: {saved} in {seconds:.1f} s")
+
+    def _say(self, line: str) -> None:
+        self.console.print(Text(line))

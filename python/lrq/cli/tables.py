@@ -1,0 +1,92 @@
+"""Reports for people (rich tables) and programs (JSON)."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lrq.errors import printable
+
+if TYPE_CHECKING:
+    from lrq.report.error import LayerError
+    from lrq.report.verification import Verification
+
+_COLUMNS = {
+    "error": ("frobenius", "{:.4f}"),
+    "projected": ("projected_error", "{:.4f}"),
+    "SQNR dB": ("sqnr", "{:.1f}"),
+    "error / nearest": ("frobenius_ratio", "{:.3f}"),
+    "projected / nearest": ("projected_ratio", "{:.3f}"),
+}
+_ENOUGH = 200
+"""Width of tables that are piped into a file: nothing is cut."""
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_ENOUGH)
+
+
+def _numbers(error: LayerError | None) -> list[str]:
+    if error is None:
+        return ["-"] * len(_COLUMNS)
+    return [pattern.format(getattr(error, name)) for name, pattern in _COLUMNS.values()]
+
+
+def _finite(error: LayerError | None) -> dict[str, float | None] | None:
+    """JSON has no infinity: null."""
+    if error is None:
+        return None
+    values = {name: getattr(error, name) for name, _ in _COLUMNS.values()}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def print_verification(result: Verification, path: Path, as_json: bool) -> None:
+    """The table of ``lrq verify``; failed checks go to stderr as well as into the JSON."""
+    if as_json:
+        layers = [
+            {"name": layer.name, "format": layer.format, "shape": layer.shape, "error": _finite(layer.error)}
+            for layer in result.layers
+        ]
+        document: dict[str, Any] = {"file": str(path), "ok": result.ok, "failures": result.failures}
+        document |= {"unchanged_tensors": result.unchanged, "total": _finite(result.total), "layers": layers}
+        click.echo(json.dumps(document, indent=2))
+    else:
+        _print_table(result)
+    for failure in result.failures:
+        click.echo(f"failed: {failure}", err=True)
+    if not as_json:
+        click.echo(f"{printable(str(path))}: {'ok' if result.ok else f'{len(result.failures)} checks failed'}")
+
+
+def _print_table(result: Verification) -> None:
+    table = Table("layer", "format", "shape", *_COLUMNS)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for layer in result.layers:
+        shape = " x ".join(map(str, layer.shape))
+        table.add_row(Text(printable(layer.name)), layer.format, shape, *_numbers(layer.error))
+    table.add_section()
+    table.add_row(f"{len(result.layers)} layers", "", f"{result.unchanged} tensors unchanged", *_numbers(result.total))
+    _console().print(table)
+
+
+def print_backends(as_json: bool) -> None:
+    """The table of ``lrq backends``."""
+    from lrq_kernels.dispatch import BACKENDS, backends
+
+    found = backends()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    table = Table("operation", *BACKENDS)
+    for operation, kernels in found.items():
+        table.add_row(operation, *(kernels[backend] for backend in BACKENDS))
+    _console().print(table)

@@ -1,0 +1,157 @@
+"""The one configuration: the CLI, the Python call and the provenance in the output are views of these dataclasses.
+
+Every field carries its meaning beside its default; ``cli.options`` builds the flags from the same fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from lrq.errors import InputError
+
+
+def _setting(default: Any, meaning: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"meaning": meaning, **metadata})
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The format in the file."""
+
+    int8: bool = _setting(False, "INT8.")
+    nvfp4: bool = _setting(False, "NVFP4: 4-bit E2M1 with block scales. The default is FP8 E4M3.")
+    mxfp8: bool = _setting(False, "MXFP8: E4M3 with power-of-two block scales.")
+    scaling_mode: str | None = _setting(
+        None, "What shares one scale, for FP8 and INT8 [default: tensor].", choices=("tensor", "row", "block")
+    )
+    block_size: int | None = _setting(
+        None, "Side of the square block of block scaling [default: 64 for FP8, 128 for INT8]; alone, with --int8, it "
+        "means --scaling_mode block.", minimum=1,
+    )
+    convrot: bool = _setting(False, "Rotate groups of input columns by a Hadamard matrix first (INT8 row).")
+    convrot_group_size: int | None = _setting(
+        None, "Columns of a group, a power of 4 [default: 256, or 64 where K is not a multiple of 256].", minimum=4
+    )
+    comfy_quant: bool = _setting(
+        True, "Write ComfyUI's markers; lrq always does, the flag is there for existing command lines."
+    )
+
+    @property
+    def family(self) -> str:
+        """``fp8``, ``int8``, ``nvfp4`` or ``mxfp8``."""
+        chosen = [name for name in ("int8", "nvfp4", "mxfp8") if getattr(self, name)]
+        return chosen[0] if chosen else "fp8"
+
+    @property
+    def scaling(self) -> str:
+        """``tensor``, ``row`` or ``block``, with the defaults filled in."""
+        if self.scaling_mode is None:
+            return "block" if self.family == "int8" and self.block_size is not None else "tensor"
+        return self.scaling_mode
+
+    def check(self) -> None:
+        """Raise :class:`InputError` for a combination that has no meaning."""
+        chosen = [f"--{name}" for name in ("int8", "nvfp4", "mxfp8") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise InputError(f"{' and '.join(chosen)}: choose one format")
+        if self.family in ("nvfp4", "mxfp8"):
+            own = {"nvfp4": 16, "mxfp8": 32}[self.family]
+            if self.scaling_mode is not None:
+                raise InputError(f"--scaling_mode: --{self.family} has its own blocks of {own}; leave the option away")
+            if self.block_size not in (None, own):
+                raise InputError(f"--block_size: --{self.family} has blocks of {own}, not {self.block_size}")
+        elif self.block_size is not None and self.scaling != "block":
+            raise InputError(f"--block_size {self.block_size}: needs --scaling_mode block, not {self.scaling}")
+        self._check_convrot()
+
+    def _check_convrot(self) -> None:
+        group = self.convrot_group_size
+        if self.convrot and (self.family, self.scaling) != ("int8", "row"):
+            raise InputError("--convrot: rotates INT8 with one scale a row only; add --int8 --scaling_mode row")
+        if group is not None and not self.convrot:
+            raise InputError("--convrot_group_size: has no meaning without --convrot")
+        if group is not None and (group < 4 or group & (group - 1) or group.bit_length() % 2 == 0):
+            raise InputError(f"--convrot_group_size: must be a power of 4 (4, 16, 64, 256, 1024), got {group}")
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the codes are chosen."""
+
+    simple: bool = _setting(False, "Round to nearest; no learned rounding.")
+    scale_search: bool = _setting(
+        True, "Search the best representable block scales of NVFP4 and MXFP8; off: from each block's amax.", on_off=True
+    )
+    coherence: float = _setting(
+        4.0, "γ of the scale search: a block's scale minimises |E|² + γ⟨E,W⟩²/|W|². 0: plain least squares.", minimum=0.0
+    )
+    num_iter: int = _setting(1000, "Sweeps of learned rounding at most; it stops when nothing moves.", minimum=1)
+    top_p: float = _setting(
+        0.4, "Share of the weight's singular directions whose error counts extra.", minimum=0.0, maximum=1.0
+    )
+    min_k: int = _setting(64, "Fewest directions.", minimum=1)
+    max_k: int = _setting(1280, "Most directions.", minimum=1)
+
+    plain_weight: float = field(default=1.0, metadata={"meaning": "λ, the weight of the plain error.", "flag": False})
+
+    def check(self) -> None:
+        """Raise :class:`InputError` for a combination that has no meaning."""
+        if self.min_k > self.max_k:
+            raise InputError(f"--min_k {self.min_k}: must not be above --max_k {self.max_k}")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything that decides the bytes of the output, besides the source."""
+
+    storage: Storage = field(default_factory=Storage)
+    rounding: Rounding = field(default_factory=Rounding)
+    exclude_layers: str | None = _setting(
+        None, "Regular expression; layers whose name it finds keep their precision.", metavar="REGEX"
+    )
+    seed: int = _setting(0, "Seed of the order in which learned rounding visits columns.", minimum=0)
+
+    def check(self) -> None:
+        """Raise :class:`InputError` for values or combinations that have no meaning."""
+        for part in (self.storage, self.rounding, self):
+            for setting in dataclasses.fields(part):
+                _check_range(setting, getattr(part, setting.name))
+        self.storage.check()
+        self.rounding.check()
+
+    def settings(self) -> dict[str, Any]:
+        """The flat view: every flag by its name."""
+        flat = dataclasses.asdict(self)
+        return {**flat.pop("storage"), **flat.pop("rounding"), **flat}
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Conversion:
+        """The inverse of :meth:`settings`; what is absent takes its default.
+
+        Raises:
+            InputError: an unknown name, or a value out of range.
+        """
+        names = {part: {f.name for f in dataclasses.fields(part)} for part in (Storage, Rounding, cls)}
+        known = set().union(*names.values()) - {"storage", "rounding"}
+        unknown = sorted(settings.keys() - known)
+        if unknown:
+            raise InputError(f"{unknown[0]}: no such setting; known are {', '.join(sorted(known))}")
+        parts = {part: {k: v for k, v in settings.items() if k in names[part]} for part in names}
+        conversion = cls(storage=Storage(**parts[Storage]), rounding=Rounding(**parts[Rounding]), **parts[cls])
+        conversion.check()
+        return conversion
+
+
+def _check_range(setting: dataclasses.Field[Any], value: Any) -> None:
+    limits = setting.metadata
+    if value is None:
+        return
+    if "choices" in limits and value not in limits["choices"]:
+        raise InputError(f"--{setting.name}: must be one of {', '.join(limits['choices'])}, got {value!r}")
+    low, high = limits.get("minimum"), limits.get("maximum")
+    # Written so that NaN fails.
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise InputError(f"--{setting.name}: must be {allowed}, got {value}")

@@ -1,0 +1,1 @@
+"""How a loader wants tensors named and marked."""

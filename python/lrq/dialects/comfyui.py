@@ -1,0 +1,69 @@
+"""ComfyUI's names and markers (FORMATS.md section 1).
+
+Marker A is the tensor ``L.comfy_quant``: the UTF-8 bytes of a JSON object. Marker B is the header entry
+``_quantization_metadata``: a JSON string with the same keys for every layer. B wins over A, so both always agree.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from lrq.formats import Format, Shape
+
+MARKER = "comfy_quant"
+METADATA = "_quantization_metadata"
+STORED = ("weight", "weight_scale", "weight_scale_2")
+"""Suffixes of the tensors that lrq writes for a layer, besides the marker."""
+Markers = dict[str, dict[str, Any]]
+"""Marker keys by layer."""
+
+
+def layer_marker(fmt: Format, shape: Shape) -> dict[str, Any]:
+    """The marker of one layer of weight [N,K] or [E,N,K]."""
+    return fmt.marker() | ({"num_experts": shape[0]} if len(shape) == 3 else {})
+
+
+def marker_tensor(marker: dict[str, Any]) -> torch.Tensor:
+    """Marker A, uint8."""
+    return torch.frombuffer(bytearray(json.dumps(marker).encode()), dtype=torch.uint8)
+
+
+def metadata_entry(markers: Markers) -> str:
+    """Marker B."""
+    return json.dumps({"format_version": "1.0", "layers": markers})
+
+
+def read_marker_tensor(data: bytes) -> dict[str, Any]:
+    """The keys of marker A.
+
+    Raises:
+        ValueError: not the UTF-8 bytes of a JSON object.
+    """
+    try:
+        marker = json.loads(data.decode())
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON") from None
+    if not isinstance(marker, dict):
+        raise ValueError("is not a JSON object")
+    return marker
+
+
+def read_metadata_entry(metadata: dict[str, str]) -> Markers:
+    """The layers of marker B, empty if there is none.
+
+    Raises:
+        ValueError: the entry is not what section 1 describes.
+    """
+    if METADATA not in metadata:
+        return {}
+    try:
+        table = json.loads(metadata[METADATA])
+        layers = table["layers"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{METADATA} is not a JSON object with layers") from None
+    if not isinstance(layers, dict) or not all(isinstance(marker, dict) for marker in layers.values()):
+        raise ValueError(f"{METADATA}: layers must map names to objects")
+    return layers

@@ -1,0 +1,91 @@
+"""What a format is: a grid, a rule for scales, the tensors it stores and the marker that names it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lrq.formats.grid import Grid
+
+Tensors = dict[str, Tensor]
+"""Stored tensors of one layer by suffix: ``weight``, ``weight_scale``, ..."""
+Shape = tuple[int, ...]
+
+STOCK = "stock ComfyUI"
+QUANTOPS = "ComfyUI with the custom node ComfyUI-QuantOps"
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """One storage format. Weights are [N,K] or, for expert banks, [E,N,K]; the stored tensors lead with E too."""
+
+    marker_name: ClassVar[str]
+    """The ``format`` string of the marker."""
+    grid: ClassVar[Grid]
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short name for people: ``nvfp4``, ``int8-row``, ..."""
+
+    @property
+    def loader(self) -> str:
+        """Who loads the file."""
+        return STOCK
+
+    def refusal(self, shape: Shape) -> str | None:
+        """Why a weight of this shape can't be stored, or None."""
+        return None
+
+    def marker(self) -> dict[str, Any]:
+        """The keys of the layer's marker."""
+        return {"format": self.marker_name}
+
+    def prepare(self, w: Tensor) -> Tensor:
+        """The float32 matrix that is rounded: the weight, or its rotation."""
+        return w.float()
+
+    def restore(self, prepared: Tensor) -> Tensor:
+        """Inverse of :meth:`prepare`."""
+        return prepared
+
+    @abstractmethod
+    def quantize(self, w: Tensor, coherence: float | None) -> Tensors:
+        """Round to nearest; ``coherence`` = γ of the scale search where there is one, None: scales from amax.
+
+        Works on meta tensors too: the result's shapes and dtypes are the layout in the file.
+        """
+
+    @abstractmethod
+    def expand(self, tensors: Tensors, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Stored tensors to (grid values, scales), float32, of the prepared weight.
+
+        Grid values are [..,N,K] without padding; the scales broadcast against them.
+        """
+
+    @abstractmethod
+    def with_codes(self, tensors: Tensors, values: Tensor) -> Tensors:
+        """The same scales with other grid values [..,N,K]."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, marker: dict[str, Any], tensors: dict[str, Shape]) -> Format:
+        """The format of a stored layer from its marker and the shapes of its tensors.
+
+        Raises:
+            ValueError: the marker does not describe them.
+        """
+
+    def dequantize(self, tensors: Tensors, shape: Shape) -> Tensor:
+        """The weight that the stored tensors stand for, float32 [..,N,K]."""
+        values, scale = self.expand(tensors, shape)
+        return self.restore(values * scale)
+
+    def layout(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
+        """dtype and shape of every stored tensor of a weight of this shape."""
+        stored = self.quantize(torch.empty(shape, device="meta"), None)
+        return {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in stored.items()}

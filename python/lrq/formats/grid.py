@@ -1,0 +1,24 @@
+"""The values a code can take, in units of its scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lrq_kernels.minifloat import encode_e4m3, nearest_e2m1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A finite set of numbers; ``nearest(y)`` is the closest one, ties to even, saturating, float32."""
+
+    name: str
+    largest: float
+    nearest: Callable[[Tensor], Tensor]
+
+
+E2M1 = Grid("E2M1", 6.0, nearest_e2m1)
+E4M3 = Grid("E4M3", 448.0, lambda y: encode_e4m3(y).float())
+INT8 = Grid("INT8", 127.0, lambda y: y.round().clamp(-127, 127))

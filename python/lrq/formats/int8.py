@@ -1,0 +1,70 @@
+"""INT8, optionally rotated by a grouped Hadamard matrix (FORMATS.md section 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import lrq_kernels
+from lrq.formats.format import Shape, Tensors
+from lrq.formats.grid import INT8, Grid
+from lrq.formats.scaled import Scaled, block_side, loader_of
+
+MARKERS = {"tensor": "int8_tensorwise", "row": "int8_tensorwise", "block": "int8_blockwise"}
+
+
+@dataclass(frozen=True)
+class Int8(Scaled):
+    """Symmetric integer codes, a float32 scale for the matrix, a row or a square block."""
+
+    grid: ClassVar[Grid] = INT8
+
+    convrot: int = 0
+    """Columns of one Hadamard group, a power of 4; 0: no rotation. Row scaling only."""
+
+    @property
+    def name(self) -> str:
+        return f"int8-{self.scaling}" + (f"-convrot{self.convrot}" if self.convrot else "")
+
+    @property
+    def loader(self) -> str:
+        return loader_of(("tensor", "row"), self.scaling)
+
+    def refusal(self, shape: Shape) -> str | None:
+        if self.convrot and len(shape) == 3:
+            return "ComfyUI drops ConvRot from expert banks"
+        if self.convrot and shape[-1] % self.convrot:
+            return f"K must be a multiple of the ConvRot group {self.convrot}, got {shape[-1]}"
+        return super().refusal(shape)
+
+    def marker(self) -> dict[str, Any]:
+        keys: dict[str, Any] = {"format": MARKERS[self.scaling]}
+        if self.scaling == "block":
+            keys["group_size"] = self.block
+        if self.convrot:
+            keys |= {"convrot": True, "convrot_groupsize": self.convrot}
+        return keys
+
+    def prepare(self, w: Tensor) -> Tensor:
+        return lrq_kernels.rotate_hadamard(w, self.convrot) if self.convrot else w.float()
+
+    def restore(self, prepared: Tensor) -> Tensor:
+        return lrq_kernels.rotate_hadamard(prepared, self.convrot) if self.convrot else prepared
+
+    def quantize(self, w: Tensor, coherence: float | None) -> Tensors:
+        codes, scale = lrq_kernels.quantize_int8(w, self.scaling, self.block, None, self.convrot)
+        return {"weight": codes, "weight_scale": scale}
+
+    def with_codes(self, tensors: Tensors, values: Tensor) -> Tensors:
+        return {**tensors, "weight": values.to(torch.int8)}
+
+    @classmethod
+    def read(cls, marker: dict[str, Any], tensors: dict[str, Shape]) -> Int8:
+        weight, scale = tensors["weight"], tensors["weight_scale"]
+        if marker["format"] == "int8_blockwise":
+            return cls("block", block_side(weight, scale))
+        group = int(marker.get("convrot_groupsize", 256)) if marker.get("convrot") else 0
+        return cls("row" if len(scale) == len(weight) else "tensor", 0, group)

@@ -1,0 +1,49 @@
+"""NVFP4 (FORMATS.md section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+import lrq_kernels
+from lrq.formats.format import Format, Shape, Tensors
+from lrq.formats.grid import E2M1, Grid
+from lrq_kernels.minifloat import decode_e2m1, encode_e2m1
+
+BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Nvfp4(Format):
+    """E2M1 codes, an E4M3 scale for 16 columns, a float32 scale for the matrix."""
+
+    marker_name: ClassVar[str] = "nvfp4"
+    grid: ClassVar[Grid] = E2M1
+
+    @property
+    def name(self) -> str:
+        return "nvfp4"
+
+    def quantize(self, w: Tensor, coherence: float | None) -> Tensors:
+        codes, block_scales, tensor_scale = lrq_kernels.quantize_nvfp4(w, None, coherence)
+        return {"weight": codes, "weight_scale": block_scales, "weight_scale_2": tensor_scale}
+
+    def expand(self, tensors: Tensors, shape: Shape) -> tuple[Tensor, Tensor]:
+        rows, columns = shape[-2:]
+        codes = lrq_kernels.unpack_fp4(tensors["weight"])
+        scales = lrq_kernels.unswizzle_scales(tensors["weight_scale"], codes.shape[-2], codes.shape[-1] // BLOCK)
+        total = tensors["weight_scale_2"][..., None, None] * scales.float()
+        values = decode_e2m1(codes[..., :rows, :columns])
+        return values, total[..., :rows, :].repeat_interleave(BLOCK, -1)[..., :columns]
+
+    def with_codes(self, tensors: Tensors, values: Tensor) -> Tensors:
+        stored = tensors["weight"]
+        missing = (0, stored.shape[-1] * 2 - values.shape[-1], 0, stored.shape[-2] - values.shape[-2])
+        return {**tensors, "weight": lrq_kernels.pack_fp4(pad(encode_e2m1(values), missing))}
+
+    @classmethod
+    def read(cls, marker: dict[str, Any], tensors: dict[str, Shape]) -> Nvfp4:
+        return cls()

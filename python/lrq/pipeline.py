@@ -1,0 +1,70 @@
+"""How layers flow: read, quantize, write, one layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lrq.checkpoint.reader import Reader
+from lrq.checkpoint.writer import Writer
+from lrq.config import Conversion
+from lrq.dialects import comfyui
+from lrq.errors import InputError, printable
+from lrq.plan import Layer, Plan
+from lrq.rounding.solve import Outcome, layer_seed, quantize_layer
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one layer."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    outcomes: tuple[Outcome, ...]
+    """One per matrix of learned rounding; empty for simple rounding."""
+
+
+OnLayer = Callable[[LayerResult], None]
+
+
+def run_plan(
+    source: Reader, plan: Plan, writer: Writer, conversion: Conversion, device: torch.device, on_layer: OnLayer
+) -> list[LayerResult]:
+    """Write every tensor of the plan; ``on_layer`` hears of each layer when it is written.
+
+    Raises:
+        InputError: a weight that is not finite, a source that changed, no memory, no disk space.
+    """
+    places = {entry.name: entry for entry in writer.header.entries}
+    for entry in plan.copied:
+        writer.copy(places[entry.name], source.chunks(entry))
+    results = []
+    for layer in plan.layers:
+        results.append(_run_layer(source, layer, writer, conversion, device))
+        on_layer(results[-1])
+    return results
+
+
+def _run_layer(
+    source: Reader, layer: Layer, writer: Writer, conversion: Conversion, device: torch.device
+) -> LayerResult:
+    try:
+        w = source.read(layer.source.name).to(device)
+        if w.dtype == torch.float64:
+            w = w.float()
+        if not torch.isfinite(w).all():
+            raise InputError(f"{source.path}: {printable(layer.source.name)} holds NaN or Inf; a quantized copy can't")
+        seed = layer_seed(conversion.seed, layer.name)
+        tensors, outcomes = quantize_layer(layer.format, w, conversion.rounding, seed)
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"layer {printable(layer.name)} {list(layer.source.shape)}: out of memory on {device}; "
+            "use --device cpu, or --simple, which needs less"
+        ) from None
+    for suffix, tensor in tensors.items():
+        writer.write(f"{layer.name}.{suffix}", tensor)
+    writer.write(f"{layer.name}.{comfyui.MARKER}", comfyui.marker_tensor(layer.marker))
+    return LayerResult(layer.name, layer.format.name, layer.source.shape, tuple(outcomes))

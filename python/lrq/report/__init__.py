@@ -1,0 +1,1 @@
+"""What error remains, from the files themselves."""

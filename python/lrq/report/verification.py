@@ -1,0 +1,221 @@
+"""Checks a converted file against itself and against its source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import lrq_kernels
+from lrq.checkpoint.header import BITS
+from lrq.checkpoint.reader import CODES, Reader
+from lrq.config import Conversion
+from lrq.dialects import comfyui
+from lrq.errors import printable
+from lrq.formats import Format, Shape, Tensors, read_format
+from lrq.models.policy import FLOAT_DTYPES
+from lrq.plan import PROVENANCE, effective
+from lrq.report.error import LayerError, measure
+
+WORSE_THAN_NEAREST = 1.5
+"""A layer with more than this times the error of round-to-nearest was not made from this source, or wrongly."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer."""
+
+    name: str
+    format: str
+    shape: Shape
+    error: LayerError | None
+    """None without a source, or where the source's layer is quantized already."""
+
+
+@dataclass
+class Verification:
+    """The result: ``ok`` if no check failed."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    unchanged: int = 0
+    """Tensors that are byte for byte those of the source."""
+
+    @property
+    def ok(self) -> bool:
+        """No check failed."""
+        return not self.failures
+
+    @property
+    def total(self) -> LayerError | None:
+        """The error of all measured layers together."""
+        errors = [layer.error for layer in self.layers if layer.error is not None]
+        return sum(errors[1:], errors[0]) if errors else None
+
+
+def verify_file(
+    output: Reader, source: Reader | None, on_layer: Callable[[LayerReport], None] = lambda layer: None
+) -> Verification:
+    """Check names, shapes, dtypes, markers, padding, finiteness, unchanged tensors; measure what error remains."""
+    result = Verification()
+    result.failures += _alignment(output)
+    markers, failures = _read_markers(output)
+    result.failures += failures
+    result.failures += _unmarked(output, markers)
+    settings = effective(Conversion(), output.header.metadata.get(PROVENANCE))
+    for name, marker in markers.items():
+        try:
+            layer = _check_layer(output, source, name, marker, settings)
+        except ValueError as error:
+            result.failures.append(f"layer {printable(name)}: {error}")
+            continue
+        result.layers.append(layer)
+        on_layer(layer)
+    if source is not None:
+        result.failures += _provenance(output, source)
+        quantized = {layer.name for layer in result.layers} | markers.keys()
+        result.failures += _compare(output, source, quantized, result)
+    if not markers:
+        result.failures.append("no layer is quantized: the file has no marker")
+    return result
+
+
+def _alignment(output: Reader) -> Iterator[str]:
+    for entry in output.header.entries:
+        if (output.header.data_start + entry.begin) * 8 % BITS[entry.dtype]:
+            yield f"tensor {printable(entry.name)}: starts at an offset that is no multiple of its element size"
+
+
+def _read_markers(output: Reader) -> tuple[comfyui.Markers, list[str]]:
+    """Markers by layer, and where the two kinds disagree."""
+    failures = []
+    try:
+        stated = comfyui.read_metadata_entry(output.header.metadata)
+    except ValueError as error:
+        return {}, [f"header: {error}"]
+    markers: comfyui.Markers = {}
+    for entry in output.header.entries:
+        name, _, suffix = entry.name.rpartition(".")
+        if suffix != comfyui.MARKER:
+            continue
+        try:
+            markers[name] = comfyui.read_marker_tensor(b"".join(output.chunks(entry)))
+        except ValueError as error:
+            failures.append(f"layer {printable(name)}: its {comfyui.MARKER} {error}")
+    for name in sorted(markers.keys() | stated.keys()):
+        if markers.get(name) != stated.get(name):
+            there = "differs from" if name in markers and name in stated else "is missing from one of"
+            failures.append(f"layer {printable(name)}: marker {there} {comfyui.MARKER} and {comfyui.METADATA}")
+    return {**stated, **markers}, failures
+
+
+def _unmarked(output: Reader, markers: comfyui.Markers) -> Iterator[str]:
+    for name in output.entries:
+        layer, _, suffix = name.rpartition(".")
+        if suffix == "weight_scale" and layer not in markers:
+            yield f"layer {printable(layer)}: has a scale but no marker; ComfyUI would load it unscaled"
+
+
+def _check_layer(
+    output: Reader, source: Reader | None, name: str, marker: dict[str, Any], settings: Conversion
+) -> LayerReport:
+    entries = {suffix: output.entries.get(f"{name}.{suffix}") for suffix in comfyui.STORED}
+    shapes = {suffix: entry.shape for suffix, entry in entries.items() if entry is not None}
+    fmt = read_format(marker, shapes)
+    original = None if source is None else source.entries.get(f"{name}.weight")
+    if source is not None and original is None:
+        raise ValueError("the source has no such weight")
+    measurable = original is not None and original.dtype in FLOAT_DTYPES
+    shape = original.shape if original is not None and measurable else _stored_shape(fmt, shapes)
+    if fmt.refusal(shape) is not None:
+        raise ValueError(f"{fmt.name}: {fmt.refusal(shape)}")
+    tensors = _read_tensors(output, name, fmt, shape)
+    _check_values(fmt, tensors, shape)
+    if original is None or source is None or not measurable:
+        return LayerReport(name, fmt.name, shape, None)
+    error = measure(fmt, tensors, source.read(original.name), settings.rounding)
+    if error.frobenius_ratio > WORSE_THAN_NEAREST:
+        raise ValueError(
+            f"{fmt.name}: relative error {error.frobenius:.4g} is {error.frobenius_ratio:.3g} times that of "
+            "round-to-nearest; it was not made from this weight, or wrongly"
+        )
+    return LayerReport(name, fmt.name, shape, error)
+
+
+def _stored_shape(fmt: Format, shapes: dict[str, Shape]) -> Shape:
+    """The padded shape of the weight, which is all that the file alone says."""
+    weight = shapes["weight"]
+    return (*weight[:-1], weight[-1] * 2) if fmt.name == "nvfp4" else weight
+
+
+def _read_tensors(output: Reader, name: str, fmt: Format, shape: Shape) -> Tensors:
+    tensors: Tensors = {}
+    for suffix, (dtype, stored) in fmt.layout(shape).items():
+        entry = output.entries.get(f"{name}.{suffix}")
+        if entry is None:
+            raise ValueError(f"{suffix} is missing")
+        if (entry.dtype, entry.shape) != (CODES[dtype], stored):
+            raise ValueError(
+                f"{suffix} of {fmt.name} {list(shape)} must be {CODES[dtype]} {list(stored)}, "
+                f"got {entry.dtype} {list(entry.shape)}"
+            )
+        tensors[suffix] = output.read(entry.name)
+    return tensors
+
+
+def _check_values(fmt: Format, tensors: Tensors, shape: Shape) -> None:
+    for suffix, tensor in tensors.items():
+        if suffix != "weight" and tensor.is_floating_point() and not (torch.isfinite(tensor.float()) & (tensor.float() >= 0)).all():
+            raise ValueError(f"{suffix} holds a negative or non-finite scale")
+    if not torch.isfinite(fmt.dequantize(tensors, shape)).all():
+        raise ValueError("the stored weight is not finite")
+    scales = tensors["weight_scale"]
+    if fmt.name in ("nvfp4", "mxfp8"):
+        values, _ = fmt.expand(tensors, shape)
+        if not _same_bytes(fmt.with_codes(tensors, values)["weight"], tensors["weight"]):
+            raise ValueError("the padding of its codes is not zero")
+        rows, columns = shape[-2], -(-shape[-1] // (16 if fmt.name == "nvfp4" else 32))
+        padded = lrq_kernels.unswizzle_scales(scales, *scales.shape[-2:])[..., :rows, :columns].contiguous()
+        full = torch.zeros(scales.shape, dtype=torch.uint8)
+        full[..., :rows, :columns] = padded.view(torch.uint8)
+        if not _same_bytes(lrq_kernels.swizzle_scales(full), scales):
+            raise ValueError("the padding of its swizzled scales is not zero")
+        if fmt.name == "mxfp8" and (scales == 255).any():
+            raise ValueError("weight_scale holds byte 255, which is NaN")
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _provenance(output: Reader, source: Reader) -> Iterator[str]:
+    try:
+        recorded = json.loads(output.header.metadata[PROVENANCE])["source"]["header_sha256"]
+    except (KeyError, ValueError, TypeError):
+        return
+    if recorded != source.header_sha256:
+        yield f"header: the file was made from another source than {source.path}"
+
+
+def _compare(output: Reader, source: Reader, quantized: set[str], result: Verification) -> Iterator[str]:
+    """Every tensor of the source must be there, unchanged unless quantized; nothing else may be there."""
+    written = {f"{name}.{suffix}" for name in quantized for suffix in (*comfyui.STORED, comfyui.MARKER)}
+    for entry in source.header.entries:
+        mine = output.entries.get(entry.name)
+        if mine is None:
+            yield f"tensor {printable(entry.name)}: is missing"
+        elif entry.name in written and entry.dtype in FLOAT_DTYPES and entry.name.endswith(".weight"):
+            continue
+        elif (mine.dtype, mine.shape) != (entry.dtype, entry.shape):
+            yield f"tensor {printable(entry.name)}: was {entry.dtype} {list(entry.shape)}, is {mine.dtype} {list(mine.shape)}"
+        elif any(a != b for a, b in zip(output.chunks(mine), source.chunks(entry), strict=True)):
+            yield f"tensor {printable(entry.name)}: its bytes differ from the source's"
+        else:
+            result.unchanged += 1
+    for name in output.entries.keys() - source.entries.keys() - written:
+        yield f"tensor {printable(name)}: is not in the source and belongs to no quantized layer"
+
+

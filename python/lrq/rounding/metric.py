@@ -1,0 +1,64 @@
+"""What error counts: ``f(E) = |U'EV|^2 + λ|E|^2`` for the error E = Ŵ − W of the codes on the grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A quadratic form over errors [N,K]; smaller is better."""
+
+    right: Tensor
+    """V, float32 [K,k], orthonormal columns: the input directions that count more."""
+    plain_weight: float
+    """λ, the weight of the plain error |E|^2."""
+    left: Tensor | None = None
+    """U, float32 [N,k'], orthonormal columns; None: the identity, every output counts."""
+
+    def project(self, error: Tensor) -> Tensor:
+        """``U'EV``."""
+        inner = error @ self.right
+        return inner if self.left is None else self.left.mT @ inner
+
+    def project_block(self, error: Tensor, columns: slice) -> Tensor:
+        """The part of ``U'EV`` that an error [N,columns] contributes."""
+        inner = error @ self.right[columns]
+        return inner if self.left is None else self.left.mT @ inner
+
+    def value(self, error: Tensor) -> float:
+        """f(E), summed in float64."""
+        projected = self.project(error).double().square().sum()
+        return (projected + self.plain_weight * error.double().square().sum()).item()
+
+
+def leading_directions(w: Tensor, count: int) -> Tensor:
+    """The ``count`` leading right singular vectors of w [N,K], as columns, in w's dtype (float32 or float64).
+
+    By the eigenvectors of the Gram matrix of the smaller side: exact, unlike a range finder, which misses a part of
+    the subspace of heavy-tailed weights.
+    """
+    rows, columns = w.shape
+    if columns <= rows:
+        return torch.linalg.eigh(w.mT @ w).eigenvectors[:, -count:].contiguous()
+    left = torch.linalg.eigh(w @ w.mT).eigenvectors[:, -count:]
+    # W'u has length σ: QR makes the directions of tiny σ, whose lengths are noise, orthonormal as well.
+    return torch.linalg.qr(w.mT @ left).Q
+
+
+def subspace_size(shape: tuple[int, ...], top_p: float, min_k: int, max_k: int) -> int:
+    """k = clamp(top_p·min(N,K), min_k, max_k), never more than the smaller side."""
+    smaller = min(shape[-2:])
+    return max(1, min(max(int(top_p * smaller), min_k), max_k, smaller))
+
+
+def input_metric(w: Tensor, top_p: float, min_k: int, max_k: int, plain_weight: float) -> Metric:
+    """The default metric of a weight [N,K]: its own leading input directions, every output."""
+    k = subspace_size(tuple(w.shape), top_p, min_k, max_k)
+    largest = w.abs().amax()
+    # The subspace does not depend on the weight's unit, the float32 range of its Gram matrix does.
+    scaled = w / torch.where(largest > 0, largest, 1.0)
+    return Metric(leading_directions(scaled, k), plain_weight)

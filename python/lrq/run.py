@@ -1,0 +1,139 @@
+"""One run, told top to bottom."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrq.checkpoint.reader import Reader
+from lrq.checkpoint.writer import Writer
+from lrq.config import Conversion
+from lrq.errors import InputError
+from lrq.formats import STOCK
+from lrq.pipeline import LayerResult, OnLayer, run_plan
+from lrq.plan import Plan, make_plan
+from lrq.report.verification import LayerReport, Verification, verify_file
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did."""
+
+    output: Path
+    layers: list[LayerResult]
+    kept: dict[str, str]
+    """Reason by tensor, for tensors that stay as they are by policy."""
+    refused: dict[str, str]
+    """Reason by tensor, for weights whose shape the format can't take."""
+    notices: list[str]
+    """One line each on what a user should know."""
+    source_size: int
+    output_size: int
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    conversion: Conversion | None = None,
+    device: str | torch.device | None = None,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+    on_layer: OnLayer = lambda layer: None,
+    **settings: Any,
+) -> Summary:
+    """Convert a safetensors checkpoint.
+
+    Args:
+        source: the ``.safetensors`` file.
+        output: the file to write; ``<source>-<format>.safetensors`` beside the source if absent. It appears when it is
+            whole; a file of that name is replaced.
+        conversion: the configuration; ``settings`` change single fields of it.
+        device: where to compute, as torch names it; a GPU if there is one.
+        on_plan, on_layer: called with the plan before the work, and with every layer when it is written.
+        **settings: the flags of the command by name, as in ``quantize(path, nvfp4=True, simple=True)``.
+
+    Returns:
+        What was done.
+
+    Raises:
+        InputError: bad input or settings; the message is one line. No file is left behind.
+
+    Equivalent to::
+
+        convert_to_quant -i source -o output --nvfp4 --simple
+    """
+    conversion = Conversion.from_settings({**(conversion or Conversion()).settings(), **settings})
+    conversion.check()
+    chosen = choose_device(device)
+    with Reader(source) as reader:
+        plan = make_plan(reader, conversion)
+        target = Path(output) if output is not None else default_output(reader.path, plan)
+        _check_target(target, reader.path)
+        on_plan(plan)
+        with Writer(target, plan.header, plan.header_bytes) as writer:
+            layers = run_plan(reader, plan, writer, conversion, chosen, on_layer)
+        return Summary(target, layers, plan.kept, plan.refused, notices(plan), reader.size, plan.output_size)
+
+
+def notices(plan: Plan) -> list[str]:
+    """One line for every format that stock ComfyUI can't load."""
+    needs = sorted({(layer.format.name, layer.format.loader) for layer in plan.layers if layer.format.loader != STOCK})
+    return [f"{name} is read by {loader}; {STOCK} can't load this file" for name, loader in needs]
+
+
+def default_output(source: Path, plan: Plan) -> Path:
+    """``<source>-<format>.safetensors`` beside the source."""
+    return source.with_name(f"{source.name.removesuffix('.safetensors')}-{plan.layers[0].format.name}.safetensors")
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        InputError: torch knows no such device, or it is not there.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {device}: {str(error).partition(chr(10))[0]}") from None
+    if chosen.type == "meta":
+        raise InputError("--device meta: holds no data")
+    return chosen
+
+
+def _check_target(target: Path, source: Path) -> None:
+    if not target.parent.is_dir():
+        raise InputError(f"{target.parent}: no such folder; make it first")
+    if target.is_dir():
+        raise InputError(f"{target}: is a folder; name a file")
+    if target.exists() and os.path.samefile(target, source):
+        raise InputError(f"{target}: output and input are the same file")
+
+
+def verify(
+    output: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    *,
+    on_layer: Callable[[LayerReport], None] = lambda layer: None,
+) -> Verification:
+    """Check a converted file, and measure its error against ``source`` if that is given.
+
+    Returns:
+        The layers with their errors, and the checks that failed.
+
+    Raises:
+        InputError: one of the files can't be read.
+    """
+    with Reader(output) as reader:
+        if source is None:
+            return verify_file(reader, None, on_layer)
+        with Reader(source) as original:
+            return verify_file(reader, original, on_layer)
