@@ -34,7 +34,7 @@ def english_sentences(count: int = 512) -> list[str]:
     from pydoc_data.topics import topics
 
     text = " ".join(re.sub(r"\s+", " ", topics[name]) for name in sorted(topics))
-    found = re.findall(r"(?<=\. )[A-Z][a-z][A-Za-z ,'-]{40,180}\.(?= )", text)
+    found = re.findall(r"(?<=[.:] )[A-Z][a-z]*[A-Za-z0-9 ,;'\"()-]{30,200}\.(?= )", text)
     unique = list(dict.fromkeys(found))
     return unique[:: max(1, len(unique) // count)][:count]
 

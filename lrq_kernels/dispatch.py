@@ -62,6 +62,11 @@ def kernel(operation: str, *, backend: str, accepts: Accepts = accepts_all) -> C
     return register
 
 
+def unavailable(backend: str, reason: str) -> None:
+    """Say why ``backend`` has no kernels on this machine."""
+    _missing[backend] = reason
+
+
 def _load(backend: str) -> None:
     if backend in _loaded:
         return

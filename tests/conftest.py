@@ -9,11 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

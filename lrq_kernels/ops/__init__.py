@@ -1,1 +1,1 @@
-"""The contracts of all operations: shapes, units, errors and source; each checks its arguments and allocates its outputs."""
+"""The contracts of all operations: shapes, units, errors, source; each checks its arguments and allocates outputs."""

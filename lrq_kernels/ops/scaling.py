@@ -40,10 +40,10 @@ def expand_scale(scale: Tensor, shape: torch.Size) -> Tensor:
 
     Scales are [..] (tensor), [..,M] or [..,M,1] (row), or [..,M/b,N/b] (block).
     """
-    *batch, rows, columns = shape
-    if scale.dim() == len(batch):
+    batch, rows = len(shape) - 2, shape[-2]
+    if scale.dim() == batch:
         return scale[..., None, None]
-    if scale.dim() == len(batch) + 1:
+    if scale.dim() == batch + 1:
         return scale[..., None]
     if scale.shape[-2] == rows and scale.shape[-1] == 1:
         return scale
@@ -59,6 +59,5 @@ def check_scale_of(scale: Tensor, shape: torch.Size, row_tail: tuple[int, ...]) 
         block = rows // scale.shape[-2]
         fits = block > 0 and (scale.shape[-2] * block, scale.shape[-1] * block) == (rows, columns)
     if not fits or scale.dtype != torch.float32:
-        raise ValueError(
-            f"scale: float32 by tensor, row or square block of codes {list(shape)}, got {scale.dtype} {list(scale.shape)}"
-        )
+        given = f"{scale.dtype} {list(scale.shape)}"
+        raise ValueError(f"scale: float32 by tensor, row or square block of codes {list(shape)}, got {given}")

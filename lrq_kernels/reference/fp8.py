@@ -17,9 +17,7 @@ def shared_amax(x: Tensor, scaling: str, block: int) -> Tensor:
 
 
 @kernel("quantize_fp8", backend="reference")
-def quantize_fp8(
-    x: Tensor, scaling: str, block: int, given_scale: Tensor | None, codes: Tensor, scale: Tensor
-) -> None:
+def quantize_fp8(x: Tensor, scaling: str, block: int, given_scale: Tensor | None, codes: Tensor, scale: Tensor) -> None:
     if given_scale is not None:
         scale.copy_(given_scale)
     elif scaling == "tensor":

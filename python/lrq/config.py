@@ -85,7 +85,8 @@ class Rounding:
         True, "Search the best representable block scales of NVFP4 and MXFP8; off: from each block's amax.", on_off=True
     )
     coherence: float = _setting(
-        4.0, "γ of the scale search: a block's scale minimises |E|² + γ⟨E,W⟩²/|W|². 0: plain least squares.", minimum=0.0
+        4.0, "γ of the scale search: a block's scale minimises |E|² + γ⟨E,W⟩²/|W|². 0: plain least squares.",
+        minimum=0.0, maximum=1e6,
     )
     num_iter: int = _setting(1000, "Sweeps of learned rounding at most; it stops when nothing moves.", minimum=1)
     top_p: float = _setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,10 @@ from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.plan import Layer, Plan
 from lrq.rounding.solve import Outcome, layer_seed, quantize_layer
+
+
+LARGEST = 2.0**120
+"""Rounded up to the next value of a grid, a larger weight could leave float32."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,7 @@ def _run_layer(
         w = source.read(layer.source.name).to(device)
         if w.dtype == torch.float64:
             w = w.float()
-        if not torch.isfinite(w).all():
-            raise InputError(f"{source.path}: {printable(layer.source.name)} holds NaN or Inf; a quantized copy can't")
+        _check_values(source, layer, w)
         seed = layer_seed(conversion.seed, layer.name)
         tensors, outcomes = quantize_layer(layer.format, w, conversion.rounding, seed)
     except torch.OutOfMemoryError:
@@ -68,3 +72,14 @@ def _run_layer(
         writer.write(f"{layer.name}.{suffix}", tensor)
     writer.write(f"{layer.name}.{comfyui.MARKER}", comfyui.marker_tensor(layer.marker))
     return LayerResult(layer.name, layer.format.name, layer.source.shape, tuple(outcomes))
+
+
+def _check_values(source: Reader, layer: Layer, w: torch.Tensor) -> None:
+    largest = w.abs().amax().item()
+    # Written so that NaN fails.
+    if not largest <= LARGEST:
+        what = f"the value {largest:.3g}, beyond every format" if math.isfinite(largest) else "NaN or Inf"
+        raise InputError(
+            f"{source.path}: {printable(layer.source.name)} holds {what}; repair the source, or leave the layer "
+            "away with --exclude-layers"
+        )

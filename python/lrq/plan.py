@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from lrq.checkpoint.header import Entry, Header, lay_out
+from lrq.checkpoint.header import Entry, Header, first_duplicate, lay_out
 from lrq.checkpoint.reader import CODES, Reader
 from lrq.config import Conversion, Storage
 from lrq.dialects import comfyui
@@ -18,7 +18,7 @@ from lrq.formats.fp8 import Fp8
 from lrq.formats.int8 import Int8
 from lrq.formats.mxfp8 import Mxfp8
 from lrq.formats.nvfp4 import Nvfp4
-from lrq.models.policy import SUFFIX, load_policy
+from lrq.models.policy import FLOAT_DTYPES, SUFFIX, load_policy
 from lrq_kernels._version import __version__
 
 PROVENANCE = "lrq"
@@ -74,6 +74,7 @@ def make_plan(source: Reader, conversion: Conversion) -> Plan:
         InputError: a bad expression, names that collide, or nothing to quantize.
     """
     conversion.check()
+    _refuse_legacy(source)
     excluded = _compile_excluded(conversion.exclude_layers)
     kept = load_policy().refusals(source.header.entries)
     refused: dict[str, str] = {}
@@ -90,7 +91,7 @@ def make_plan(source: Reader, conversion: Conversion) -> Plan:
             refused[entry.name] = chosen
         else:
             layers.append(Layer(name, entry, chosen))
-    if excluded is not None and "excluded by --exclude-layers" not in kept.values():
+    if excluded is not None and not any(excluded.search(name) for name in _modules(source)):
         raise InputError(f"--exclude-layers {printable(conversion.exclude_layers or '')}: finds no layer to exclude")
     if not layers:
         raise InputError(f"{source.path}: no layer can be quantized ({_why_none(source, kept, refused)})")
@@ -125,6 +126,20 @@ def _compile_excluded(expression: str | None) -> re.Pattern[str] | None:
         raise InputError(f"--exclude-layers {printable(expression)}: not a regular expression: {error}") from None
 
 
+def _modules(source: Reader) -> list[str]:
+    return [entry.name.removesuffix(SUFFIX) for entry in source.header.entries if entry.name.endswith(SUFFIX)]
+
+
+def _refuse_legacy(source: Reader) -> None:
+    """ComfyUI reads the scales of a ``scaled_fp8`` file only where the header has no markers (FORMATS.md section 1)."""
+    for name in source.entries:
+        if name.rpartition(".")[2] == comfyui.LEGACY:
+            raise InputError(
+                f"{source.path}: tensor {printable(name)}: quantized already, in the legacy scaled_fp8 layout; "
+                "convert the high-precision original"
+            )
+
+
 def _why_none(source: Reader, kept: dict[str, str], refused: dict[str, str]) -> str:
     matrices = [e.name for e in source.header.entries if e.name.endswith(SUFFIX) and len(e.shape) >= 2]
     reasons = sorted({{**kept, **refused}[name] for name in matrices})
@@ -151,8 +166,8 @@ def _assemble(
         tensors.append((f"{layer.name}.{comfyui.MARKER}", "U8", (marker_size,)))
     names = [name for name, _, _ in tensors]
     if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{source.path}: tensor {printable(twice)} stands in the way of a quantized layer")
+        twice = printable(first_duplicate(names))
+        raise InputError(f"{source.path}: tensor {twice} stands in the way of a quantized layer")
     metadata = {key: value for key, value in source.header.metadata.items() if key != comfyui.METADATA}
     metadata[comfyui.METADATA] = comfyui.metadata_entry(markers)
     metadata[PROVENANCE] = _provenance(source, conversion)
@@ -175,7 +190,7 @@ def _source_markers(source: Reader, planned: dict[str, Layer]) -> comfyui.Marker
             except ValueError:
                 continue
             markers[name] = stated.get(name, marker)
-        elif suffix == "weight" and f"{name}.weight_scale" in source.entries and name in stated:
+        elif suffix == "weight" and entry.dtype not in FLOAT_DTYPES and name in stated:
             markers.setdefault(name, stated[name])
     return {name: marker for name, marker in markers.items() if f"{name}.weight" not in planned}
 
@@ -195,5 +210,5 @@ def effective(conversion: Conversion, provenance: str | None) -> Conversion:
     try:
         recorded = json.loads(provenance or "")["settings"]
         return Conversion.from_settings(recorded)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return dataclasses.replace(conversion)

@@ -102,7 +102,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {device}: {str(error).partition(chr(10))[0]}") from None
     if chosen.type == "meta":
         raise InputError("--device meta: holds no data")
@@ -114,6 +114,8 @@ def _check_target(target: Path, source: Path) -> None:
         raise InputError(f"{target.parent}: no such folder; make it first")
     if target.is_dir():
         raise InputError(f"{target}: is a folder; name a file")
+    if target.exists() and not target.is_file():
+        raise InputError(f"{target}: is a device or a pipe; name a file")
     if target.exists() and os.path.samefile(target, source):
         raise InputError(f"{target}: output and input are the same file")
 

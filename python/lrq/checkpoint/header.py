@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from lrq.errors import InputError, printable
 
@@ -26,6 +28,8 @@ BITS = {
 
 MAX_HEADER = 100_000_000
 """The limit of the safetensors library."""
+MAX_DIMENSIONS = 64
+"""The limit of torch's operations; it also bounds the digits of a size that a header can claim."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,10 @@ def parse_header(text: bytes, path: Path) -> Header:
     metadata = table.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{path}: header: __metadata__ must map strings to strings")
+    try:
+        "".join((*table, *metadata, *metadata.values())).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: header: a name or a metadata value is not valid Unicode") from None
     entries = sorted((_entry(name, record, path) for name, record in table.items()), key=lambda e: (e.begin, e.end))
     offset = 0
     for entry in entries:
@@ -136,9 +144,13 @@ def parse_header(text: bytes, path: Path) -> Header:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {printable(next(name for name in names if names.count(name) > 1))!r}")
+        raise ValueError(f"duplicate key {printable(first_duplicate(name for name, _ in pairs))!r}")
     return table
+
+
+def first_duplicate(names: Iterable[str]) -> str:
+    """The name that most of ``names`` are."""
+    return Counter(names).most_common(1)[0][0]
 
 
 def _entry(name: str, record: Any, path: Path) -> Entry:
@@ -148,7 +160,7 @@ def _entry(name: str, record: Any, path: Path) -> Entry:
     dtype, shape, offsets = record.get("dtype"), record.get("shape"), record.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise InputError(f"{where}: unknown dtype {printable(str(dtype))}")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
         raise InputError(f"{where}: shape and data_offsets must be lists of natural numbers")
     if offsets[1] - offsets[0] != tensor_size(dtype, tuple(shape)):
         raise InputError(

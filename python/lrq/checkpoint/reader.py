@@ -41,7 +41,7 @@ class Reader:
         InputError: missing, unreadable or malformed file, or one that changed under the reader.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if self.path.is_dir():
             raise InputError(f"{self.path}: is a folder; name one .safetensors file")
@@ -51,6 +51,9 @@ class Reader:
             raise InputError(f"{self.path}: can't be opened: {error.strerror}") from None
         try:
             self.header, text = read_header(self._file, self.path)
+        except OSError as error:
+            self._file.close()
+            raise InputError(f"{self.path}: can't be read: {error.strerror}") from None
         except BaseException:
             self._file.close()
             raise

@@ -32,7 +32,8 @@ class Writer:
 
     def __init__(self, path: Path, header: Header, header_bytes: bytes) -> None:
         self.path, self.header = path, header
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        # Of the name only a part: it may be as long as a file system takes.
+        self._partial = path.with_name(f".{path.name[:32]}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         self._missing = {entry.name for entry in header.entries if entry.size}
         self._places = {entry.name: entry for entry in header.entries}
         try:
@@ -69,7 +70,7 @@ class Writer:
         if (CODES[tensor.dtype], tuple(tensor.shape)) != (entry.dtype, entry.shape):
             raise RuntimeError(f"tensor {printable(name)}: planned {entry}, got {tensor.dtype} {list(tensor.shape)}")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self.copy(entry, [memoryview(data)])
+        self.copy(entry, [data.data])
 
     def copy(self, entry: Entry, chunks: Iterable[bytes | memoryview]) -> None:
         """Store raw bytes in the place of ``entry`` of the header."""

@@ -11,25 +11,32 @@ from typing import Any, NoReturn
 import click
 
 from lrq.cli.options import DashCommand, configuration_options
-from lrq.errors import InputError
+from lrq.errors import InputError, printable
 from lrq_kernels._version import __version__
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+_STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def _fail(message: str, code: int = BAD_INPUT) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {printable(message)}", err=True)
     raise SystemExit(code)
+
+
+def _stop(*_: Any) -> NoReturn:
+    # A second signal must not stop the removal of what was written.
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _guarded(work: Callable[[], Any]) -> Any:
     """Run ``work``; what a user can cause becomes one line on stderr."""
 
-    def stop(*_: Any) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    # What is ignored stays so: nohup ignores SIGHUP.
+    heeded = [number for number in _STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    handlers = {number: signal.signal(number, _stop) for number in heeded}
     try:
         return work()
     except InputError as error:
@@ -42,6 +49,9 @@ def _guarded(work: Callable[[], Any]) -> Any:
         _fail("out of memory; close other programs or use a machine with more")
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -5,19 +5,28 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 import click
 
 from lrq.config import Conversion, Rounding, Storage
+from lrq.errors import printable
 
 
 class DashCommand(click.Command):
-    """A command whose long flags work with dash and underscore alike."""
+    """A command whose long flags work with dash and underscore alike, and whose usage errors are one line."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         known = {name for param in self.params for name in param.opts if name.startswith("--")}
-        return super().parse_args(ctx, [_spelled(arg, known) for arg in args])
+        try:
+            return super().parse_args(ctx, [_spelled(arg, known) for arg in args])
+        except click.UsageError as error:
+            raise _OneLine(error.format_message()) from None
+
+
+class _OneLine(click.UsageError):
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"error: {printable(self.message)}; see --help", file=file, err=True)
 
 
 def _spelled(arg: str, known: set[str]) -> str:

@@ -61,7 +61,7 @@ def print_verification(result: Verification, path: Path, as_json: bool) -> None:
     else:
         _print_table(result)
     for failure in result.failures:
-        click.echo(f"failed: {failure}", err=True)
+        click.echo(f"failed: {printable(failure)}", err=True)
     if not as_json:
         click.echo(f"{printable(str(path))}: {'ok' if result.ok else f'{len(result.failures)} checks failed'}")
 

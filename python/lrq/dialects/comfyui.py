@@ -15,8 +15,12 @@ from lrq.formats import Format, Shape
 
 MARKER = "comfy_quant"
 METADATA = "_quantization_metadata"
+LEGACY = "scaled_fp8"
+"""Last part of the key that marks a file of the older layout."""
 STORED = ("weight", "weight_scale", "weight_scale_2")
 """Suffixes of the tensors that lrq writes for a layer, besides the marker."""
+COUNTS = ("convrot_groupsize", "group_size", "num_experts")
+"""Marker keys whose values are positive integers."""
 Markers = dict[str, dict[str, Any]]
 """Marker keys by layer."""
 
@@ -24,6 +28,16 @@ Markers = dict[str, dict[str, Any]]
 def layer_marker(fmt: Format, shape: Shape) -> dict[str, Any]:
     """The marker of one layer of weight [N,K] or [E,N,K]."""
     return fmt.marker() | ({"num_experts": shape[0]} if len(shape) == 3 else {})
+
+
+def check_marker(marker: dict[str, Any]) -> None:
+    """Raise ``ValueError`` where a value can't be what its key means."""
+    for key in COUNTS:
+        value = marker.get(key, 1)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{key} of its marker must be a positive integer, got {value!r}")
+    if not isinstance(marker.get("convrot", False), bool):
+        raise ValueError(f"convrot of its marker must be true or false, got {marker['convrot']!r}")
 
 
 def marker_tensor(marker: dict[str, Any]) -> torch.Tensor:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrq.rounding.metric import Metric
 from lrq.rounding.problem import Problem, Solution
 
 BLOCK = 128
 """Columns between two updates of ``U'EV``."""
-STILL = 1e-5
-"""A sweep that moves no more than this share of the weights has converged."""
+GAIN = 1e-4
+"""A weight moves if that brings it nearer to its minimum by this share of the way: float32 noise moves nothing."""
 
 
 def coordinate_descent(problem: Problem, num_iter: int) -> Solution:
-    """Sweep until (almost) nothing moves, at most ``num_iter`` times."""
+    """Sweep until no weight can gain by moving alone, at most ``num_iter`` times."""
     values = problem.start.clone()
     columns = values.shape[1]
     scale = problem.scale.expand(values.shape)
@@ -29,15 +28,16 @@ def coordinate_descent(problem: Problem, num_iter: int) -> Solution:
     for sweep in range(1, num_iter + 1):
         # Afresh in every sweep, so that float32 updates can't drift.
         projected = problem.metric.project(problem.error(values))
-        moved = torch.zeros((), dtype=torch.int64, device=values.device)
+        moved = False
         for position in torch.randperm(len(starts), generator=generator).tolist():
             part = slice(starts[position], starts[position] + BLOCK)
-            block = _Block(problem, values[:, part], scale[:, part], problem.metric, part, projected)
+            block = _Block(problem, values[:, part], scale[:, part], part, projected)
             change = block.descend()
-            moved += torch.count_nonzero(change)
-            values[:, part] = block.values.mT
-            projected += problem.metric.project_block(change.mT, part)
-        if moved.item() <= STILL * values.numel():
+            if change is not None:
+                moved = True
+                values[:, part] = block.values.mT
+                projected += problem.metric.project_block(change.mT, part)
+        if not moved:
             return Solution(values, sweep, "converged")
     return Solution(values, num_iter, "num_iter reached")
 
@@ -45,30 +45,39 @@ def coordinate_descent(problem: Problem, num_iter: int) -> Solution:
 class _Block:
     """One block of columns, transposed so that a column is contiguous."""
 
-    def __init__(
-        self, problem: Problem, values: Tensor, scale: Tensor, metric: Metric, part: slice, projected: Tensor
-    ) -> None:
-        self.grid, self.metric = problem.grid, metric
+    def __init__(self, problem: Problem, values: Tensor, scale: Tensor, part: slice, projected: Tensor) -> None:
+        metric = problem.metric
+        self.nearest, self.plain = problem.grid.nearest, metric.plain_weight
         self.values, self.scale = values.mT.contiguous(), scale.mT.contiguous()
         self.weight = problem.weight[:, part].mT.contiguous()
         self.error = self.values * self.scale - self.weight
         directions = metric.right[part]
         self.gram = directions @ directions.mT
-        self.gradient = directions @ projected.mT if metric.left is None else directions @ (metric.left @ projected).mT
+        self.curvature = self.gram.diagonal()[:, None] + self.plain
+        outer = projected if metric.left is None else metric.left @ projected
+        self.gradient = directions @ outer.mT
 
-    def descend(self) -> Tensor:
-        """Visit every column once; returns the change of the error [columns, N]."""
+    def _wanted(self, columns: int | slice) -> tuple[Tensor, Tensor]:
+        """The best grid values of some columns, each weight alone, and which of them gain by moving there."""
+        scale, error, values = self.scale[columns], self.error[columns], self.values[columns]
+        slope = self.gradient[columns] + self.plain * error
+        minimum = (self.weight[columns] + error - slope / self.curvature[columns]) / scale
+        best = self.nearest(minimum)
+        gain = (minimum - values).abs() - (minimum - best).abs()
+        return best, (scale > 0) & (gain > GAIN * (best - values).abs())
+
+    def descend(self) -> Tensor | None:
+        """Visit the columns that gain; returns the change of the error [columns, N], None if there is none."""
+        movers = self._wanted(slice(None))[1].any(1).nonzero()[:, 0].tolist()
+        if not movers:
+            return None
         before = self.error.clone()
-        plain = self.metric.plain_weight
-        curvature = (self.gram.diagonal() + plain).tolist()
-        for i in range(len(self.values)):
-            error, scale = self.error[i], self.scale[i]
-            slope = self.gradient[i] + plain * error
-            wanted = (self.weight[i] + error - slope / curvature[i]) / scale
-            value = torch.where(scale > 0, self.grid.nearest(wanted), self.values[i])
-            change = (value - self.values[i]) * scale
+        for i in movers:
+            best, gains = self._wanted(i)
+            value = torch.where(gains, best, self.values[i])
+            change = (value - self.values[i]) * self.scale[i]
             self.values[i] = value
-            error += change
+            self.error[i] += change
             # For U other than I this takes UU' for its upper bound I within the block: still a descent, only cautious.
             self.gradient[i + 1 :].addr_(self.gram[i + 1 :, i], change)
         return self.error - before

@@ -1,0 +1,28 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "caster.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Counts changes of the signatures below; lrq_kernels/native.py refuses another number.
+constexpr int kInterface = 1;
+
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.attr("interface") = kInterface;
+    m.def("quantize_nvfp4_cpu", &lrq::cpu::quantize_nvfp4, WithoutGil());
+#ifdef LRQ_CUDA
+    m.attr("has_cuda") = true;
+    m.def("cuda_refusal", &lrq::cuda::refusal, WithoutGil());
+    m.def("quantize_nvfp4_cuda", &lrq::cuda::quantize_nvfp4, WithoutGil());
+#else
+    m.attr("has_cuda") = false;
+#endif
+}

@@ -1,0 +1,34 @@
+// Rows shared among threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace lrq::cpu {
+
+// Rows taken at a time: the search costs more in some blocks than in others, so shares are not fixed.
+constexpr int64_t kGrain = 16;
+
+inline int worker_count(int64_t rows, int threads) {
+    return static_cast<int>(std::clamp<int64_t>((rows + kGrain - 1) / kGrain, 1, std::max(threads, 1)));
+}
+
+// Calls `work(worker, row)` once for every row; it must not throw.
+template <class Work>
+void parallel_rows(int64_t rows, int workers, const Work& work) {
+    std::atomic<int64_t> next{0};
+    const auto run = [&](int worker) {
+        for (int64_t first = next.fetch_add(kGrain); first < rows; first = next.fetch_add(kGrain))
+            for (int64_t row = first; row < std::min(first + kGrain, rows); ++row) work(worker, row);
+    };
+    std::vector<std::thread> threads;
+    threads.reserve(workers - 1);
+    for (int worker = 1; worker < workers; ++worker) threads.emplace_back(run, worker);
+    run(0);
+    for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace lrq::cpu

@@ -1,0 +1,42 @@
+// Launches on the stream and device of the caller.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace lrq::cuda {
+
+inline void check(cudaError_t status, const char* operation) {
+    if (status != cudaSuccess) throw std::runtime_error(std::string(operation) + ": " + cudaGetErrorString(status));
+}
+
+// Selects a device, and the one before it at the end.
+class DeviceGuard {
+  public:
+    DeviceGuard(int index, const char* operation) {
+        check(cudaGetDevice(&before_), operation);
+        check(cudaSetDevice(index), operation);
+    }
+    ~DeviceGuard() { cudaSetDevice(before_); }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  private:
+    int before_ = 0;
+};
+
+template <class... Parameters, class... Arguments>
+void launch(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim3 block, uintptr_t stream,
+            Arguments... arguments) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.stream = reinterpret_cast<cudaStream_t>(stream);
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), operation);
+    check(cudaGetLastError(), operation);
+}
+
+}  // namespace lrq::cuda

@@ -1,0 +1,183 @@
+#include "../nvfp4.h"
+
+#include <algorithm>
+
+#include "../kernels.h"
+#include "../layout.h"
+#include "launch.h"
+
+namespace lrq::cuda {
+namespace {
+
+using nvfp4::kBlock;
+using nvfp4::kTile;
+using nvfp4::Layout;
+
+constexpr char kOperation[] = "quantize_nvfp4";
+constexpr int kWarp = 32;
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarp;
+// A tile of scales is shared by so many thread blocks.
+constexpr int kShares = kTile / kThreads;
+constexpr int64_t kMaxGridY = 65535;
+constexpr int64_t kMaxGridX = 0x7fffffff;
+// Enough thread blocks to fill any GPU; each then takes several rows, and the atomics stay few.
+constexpr int64_t kAmaxBlocks = 4096;
+
+__device__ __forceinline__ void unpack(uint32_t word, float* out, float) { out[0] = __uint_as_float(word); }
+
+template <class T>
+__device__ __forceinline__ void unpack(uint32_t word, float* out, T) {
+    out[0] = widen(T{static_cast<uint16_t>(word)});
+    out[1] = widen(T{static_cast<uint16_t>(word >> 16)});
+}
+
+// One block of 16 columns; what lies beyond the matrix is zero.
+template <class T>
+__device__ __forceinline__ void load_block(const T* row, int64_t first, int64_t columns, bool aligned,
+                                           float (&block)[kBlock]) {
+    if (aligned && first + kBlock <= columns) {
+        constexpr int kPerWord = sizeof(uint32_t) / sizeof(T);
+        constexpr int kPerLoad = 4 * kPerWord;
+        const uint4* source = reinterpret_cast<const uint4*>(row + first);
+#pragma unroll
+        for (int i = 0; i < kBlock / kPerLoad; ++i) {
+            const uint4 loaded = __ldg(source + i);
+            unpack(loaded.x, block + i * kPerLoad, T{});
+            unpack(loaded.y, block + i * kPerLoad + kPerWord, T{});
+            unpack(loaded.z, block + i * kPerLoad + kPerWord * 2, T{});
+            unpack(loaded.w, block + i * kPerLoad + kPerWord * 3, T{});
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) block[i] = first + i < columns ? widen(row[first + i]) : 0.0f;
+}
+
+__device__ __forceinline__ float largest(const float (&block)[kBlock]) {
+    float most = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) most = fmaxf(most, fabsf(block[i]));
+    return most;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) amax_kernel(Layout layout, bool aligned, float* amax) {
+    const T* const x = static_cast<const T*>(layout.x);
+    for (int64_t matrix = blockIdx.y; matrix < layout.batch; matrix += gridDim.y) {
+        float most = 0.0f;
+        for (int64_t row = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp; row < layout.rows;
+             row += gridDim.x * int64_t{kWarps}) {
+            const T* const source = x + matrix * layout.batch_stride + row * layout.row_stride;
+            for (int64_t b = threadIdx.x % kWarp; b < layout.blocks; b += kWarp) {
+                float block[kBlock];
+                load_block(source, b * kBlock, layout.columns, aligned, block);
+                most = fmaxf(most, largest(block));
+            }
+        }
+        // The order of the bits of non-negative floats is their order.
+        const unsigned bits = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
+        if (threadIdx.x % kWarp == kWarp - 1) atomicMax(reinterpret_cast<unsigned*>(amax) + matrix, bits);
+    }
+}
+
+__device__ __forceinline__ uint2 encode_block(const float (&block)[kBlock], float total) {
+    uint32_t words[2] = {0, 0};
+    if (total != 0.0f) {
+#pragma unroll
+        for (int i = 0; i < kBlock / 2; ++i) {
+            const uint32_t byte = encode_e2m1x2(divide(block[2 * i], total), divide(block[2 * i + 1], total));
+            words[i / 4] |= byte << 8 * (i % 4);
+        }
+    }
+    return make_uint2(words[0], words[1]);
+}
+
+// A thread holds one block of 16 and owns one byte of the swizzled scales, padding included: neighbours write
+// neighbouring bytes, four blocks of a row fill whole sectors of codes, and nothing is shared or cleared before.
+template <class T, bool kSearch>
+__global__ void __launch_bounds__(kThreads)
+    quantize_kernel(Layout layout, bool aligned, const float* amax, float coherence) {
+    const uint32_t tile = blockIdx.x / kShares;
+    const uint32_t tile_columns = static_cast<uint32_t>(layout.column_tiles);
+    const uint32_t tile_row = tile / tile_columns;
+    const uint32_t place = blockIdx.x % kShares * kThreads + threadIdx.x;
+    const int64_t row = int64_t{tile_row} * nvfp4::kTileRows + place / 4 % 4 * 32 + place / 16;
+    const int64_t b = int64_t{tile - tile_row * tile_columns} * nvfp4::kTileColumns + place % 4;
+    const int64_t scales = layout.row_tiles * layout.column_tiles * kTile;
+
+    for (int64_t matrix = blockIdx.y; matrix < layout.batch; matrix += gridDim.y) {
+        const float tensor_scale =
+            layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(amax[matrix]);
+        if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = tensor_scale;
+        uint32_t scale = 0;
+        if (row < layout.code_rows && b < layout.blocks) {
+            uint2 codes = make_uint2(0, 0);
+            if (row < layout.rows) {
+                const int64_t offset = matrix * layout.batch_stride + row * layout.row_stride;
+                float block[kBlock];
+                load_block(static_cast<const T*>(layout.x) + offset, b * kBlock, layout.columns, aligned, block);
+                const float most = largest(block);
+                scale = kSearch ? nvfp4::best_scale(block, most, tensor_scale, coherence)
+                                : nvfp4::ruled_scale(most, tensor_scale);
+                codes = encode_block(block, tensor_scale * decode_e4m3(scale));
+            }
+            reinterpret_cast<uint2*>(layout.codes)[(matrix * layout.code_rows + row) * layout.blocks + b] = codes;
+        }
+        layout.scales[matrix * scales + int64_t{tile} * kTile + place] = static_cast<uint8_t>(scale);
+    }
+}
+
+template <class T>
+bool is_aligned(const Layout& layout) {
+    constexpr int64_t kVector = sizeof(uint4) / sizeof(T);
+    return reinterpret_cast<uintptr_t>(layout.x) % sizeof(uint4) == 0 && layout.row_stride % kVector == 0 &&
+           layout.batch_stride % kVector == 0;
+}
+
+template <class T>
+void run(const Layout& layout, float* amax, std::optional<double> coherence, uintptr_t stream) {
+    const bool aligned = is_aligned<T>(layout);
+    const unsigned matrices = static_cast<unsigned>(std::min(layout.batch, kMaxGridY));
+    if (!layout.given_scale) {
+        const auto blocks = static_cast<unsigned>(std::min((layout.rows + kWarps - 1) / kWarps, kAmaxBlocks));
+        launch(kOperation, amax_kernel<T>, dim3(blocks, matrices), dim3(kThreads), stream, layout, aligned, amax);
+    }
+    const int64_t blocks = layout.row_tiles * layout.column_tiles * kShares;
+    require(blocks <= kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
+    const auto kernel = coherence ? quantize_kernel<T, true> : quantize_kernel<T, false>;
+    launch(kOperation, kernel, dim3(static_cast<unsigned>(blocks), matrices), dim3(kThreads), stream, layout, aligned,
+           amax, static_cast<float>(coherence.value_or(0.0)));
+}
+
+}  // namespace
+
+std::string refusal(int device_index) {
+    int count = 0;
+    cudaError_t status = cudaGetDeviceCount(&count);
+    if (status == cudaSuccess && device_index < count) {
+        const DeviceGuard guard(device_index, "refusal");
+        cudaFuncAttributes attributes;
+        status = cudaFuncGetAttributes(&attributes, quantize_kernel<float, false>);
+    }
+    // The next call must not find this error.
+    cudaGetLastError();
+    return status == cudaSuccess ? "" : cudaGetErrorString(status);
+}
+
+void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, const std::optional<Tensor>& amax,
+                    std::optional<double> coherence, const Tensor& codes, const Tensor& block_scales,
+                    const Tensor& tensor_scale, uintptr_t stream) {
+    require(given_scale || amax, "quantize_nvfp4: either a given scale or room for the amax");
+    const Layout layout = nvfp4::layout_of(x, given_scale, codes, block_scales, tensor_scale);
+    float* const room = amax ? static_cast<float*>(amax->data) : nullptr;
+    const DeviceGuard guard(x.device_index, kOperation);
+    if (x.type == Type::kBFloat16)
+        run<BFloat16>(layout, room, coherence, stream);
+    else if (x.type == Type::kFloat16)
+        run<Float16>(layout, room, coherence, stream);
+    else
+        run<float>(layout, room, coherence, stream);
+}
+
+}  // namespace lrq::cuda

@@ -1,0 +1,70 @@
+// NVFP4 of one block of 16, and where a matrix keeps its codes and scales; host and device.
+#pragma once
+
+#include "minifloat.h"
+#include "search.h"
+
+namespace lrq::nvfp4 {
+
+constexpr int kBlock = 16;
+constexpr int kRowMultiple = 16;
+constexpr int kTileRows = 128;
+constexpr int kTileColumns = 4;
+constexpr int kTile = kTileRows * kTileColumns;
+
+// Strides count elements; codes, scales and the tensor scale are contiguous.
+struct Layout {
+    const void* x;
+    int64_t batch, rows, columns, batch_stride, row_stride;
+    uint8_t* codes;
+    int64_t code_rows, blocks;
+    uint8_t* scales;
+    int64_t row_tiles, column_tiles;
+    const float* given_scale;  // null: computed from the amax
+    int64_t given_stride;
+    float* tensor_scale;
+};
+
+struct Candidates {
+    static constexpr int kSize = kBlock;
+    static constexpr int kFirst = 1;
+    static constexpr int kLast = kE4M3LastCode;
+    static constexpr int kOctave = 8;
+    static constexpr int kDoublesFrom = 16;
+    static constexpr float kLargest = kE2M1Max;
+    static constexpr float kZeroBelow = 0.25f;
+
+    static LRQ_INLINE float nearest(float y) { return nearest_e2m1(y); }
+    LRQ_INLINE float scale(int code) const { return tensor_scale * decode_e4m3(code); }
+
+    float tensor_scale;
+};
+
+LRQ_INLINE float scale_of_amax(float amax) {
+    const float quotient = divide(amax, kE4M3Max * kE2M1Max);
+    return quotient == 0.0f ? 1.0f : quotient;
+}
+
+LRQ_INLINE uint32_t ruled_scale(float amax, float tensor_scale) {
+    const float ratio = divide(divide(amax, kE2M1Max), tensor_scale);
+    return encode_e4m3(ratio < kE4M3Max ? ratio : kE4M3Max);
+}
+
+LRQ_INLINE uint32_t best_scale(const float (&block)[kBlock], float amax, float tensor_scale, float coherence) {
+    const Candidates candidates{tensor_scale};
+    const uint32_t ruled = ruled_scale(amax, tensor_scale);
+    const int code = ruled ? static_cast<int>(ruled) : 1;
+    const float scale = candidates.scale(code);
+    if (!(amax > 0.0f && scale > 0.0f)) return 0;
+    const int start = code + (divide(amax, scale) > kE2M1Max ? 1 : 0);
+    Search<Candidates> search(block, amax, coherence, candidates);
+    return search.best_code(start < kE4M3LastCode ? start : kE4M3LastCode);
+}
+
+// Byte of scale [row, block] in its matrix (cuBLAS, "1D block scaling factors layout").
+LRQ_INLINE int64_t swizzled(const Layout& layout, int64_t row, int64_t block) {
+    const int64_t tile = row / kTileRows * layout.column_tiles + block / kTileColumns;
+    return tile * kTile + row % 32 * 16 + row % kTileRows / 32 * 4 + block % kTileColumns;
+}
+
+}  // namespace lrq::nvfp4

@@ -1,0 +1,116 @@
+// The block scale that minimises |E|^2 + g <E,W>^2/|W|^2: the loops, bounds and order of additions of
+// lrq_kernels/reference/search.py, which derives them; host and device.
+#pragma once
+
+#include "minifloat.h"
+
+namespace lrq {
+
+// Halves are added until one is left: the order every backend keeps.
+template <int kSize>
+LRQ_INLINE float tree_sum(const float (&terms)[kSize]) {
+    if constexpr (kSize == 1) {
+        return terms[0];
+    } else {
+        float halves[kSize / 2];
+        LRQ_UNROLL
+        for (int i = 0; i < kSize / 2; ++i) halves[i] = terms[i] + terms[i + kSize / 2];
+        return tree_sum(halves);
+    }
+}
+
+// `Candidates` holds kSize, kFirst, kLast, kOctave, kDoublesFrom, kLargest, kZeroBelow, nearest(y) and scale(code).
+template <class Candidates>
+class Search {
+  public:
+    // The objective is even in W: only magnitudes enter, and the signs of zero sums cancel in squares.
+    LRQ_INLINE Search(const float (&block)[Candidates::kSize], float amax, float coherence, Candidates candidates)
+        : block_(block), amax_(amax), candidates_(candidates) {
+        float squares[kSize];
+        LRQ_UNROLL
+        for (int i = 0; i < kSize; ++i) {
+            const float relative = divide(magnitude(block[i]), amax);
+            squares[i] = relative * relative;
+        }
+        gain_ = divide(coherence, tree_sum(squares));
+    }
+
+    LRQ_INLINE int best_code(int start) {
+        upwards(start);
+        downwards(start - 1);
+        return best_code_;
+    }
+
+  private:
+    static constexpr int kSize = Candidates::kSize;
+    static constexpr int kOctave = Candidates::kOctave;
+    // The bounds hold in exact arithmetic; this much of them is given up to float32.
+    static constexpr float kSlack = 0.999f;
+
+    LRQ_INLINE float visit(int code) {
+        const float scale = candidates_.scale(code);
+        float squares[kSize], products[kSize];
+        LRQ_UNROLL
+        for (int i = 0; i < kSize; ++i) {
+            const float y = divide(magnitude(block_[i]), scale);
+            const float error = Candidates::nearest(y) - y;
+            squares[i] = error * error;
+            products[i] = error * y;
+        }
+        const float ratio = divide(scale, amax_);
+        const float square = ratio * ratio;
+        const float plain = square * tree_sum(squares);
+        const float along = tree_sum(products);
+        const float value = plain + square * (gain_ * (square * (along * along)));
+        const bool rounds_to_zero = !(Candidates::kZeroBelow * scale < amax_);
+        if (!rounds_to_zero && (value < best_ || (value == best_ && code < best_code_))) {
+            best_ = value;
+            best_code_ = code;
+        }
+        return plain;
+    }
+
+    LRQ_INLINE bool can_win(float bound) const { return bound * kSlack <= best_; }
+
+    // Doubling a scale can't lower |E|^2, so every phase of the octave has its own bound. The bounds move through the
+    // array, one place a step: indices stay constant, and a GPU keeps them in registers.
+    LRQ_INLINE void upwards(int code) {
+        float bounds[kOctave];
+        LRQ_UNROLL
+        for (int i = 0; i < kOctave; ++i) bounds[i] = -INFINITY;
+        for (bool any = true; any && code <= Candidates::kLast; ++code) {
+            float bound = bounds[0];
+            if (can_win(bound)) {
+                const float plain = visit(code);
+                bound = code + kOctave >= Candidates::kDoublesFrom ? plain : -INFINITY;
+            }
+            any = can_win(bound);
+            LRQ_UNROLL
+            for (int i = 1; i < kOctave; ++i) {
+                any |= can_win(bounds[i]);
+                bounds[i - 1] = bounds[i];
+            }
+            bounds[kOctave - 1] = bound;
+        }
+    }
+
+    // Below amax the largest weight alone costs (1 - max * scale/amax)^2, which grows as the scale falls.
+    LRQ_INLINE void downwards(int code) {
+        for (; code >= Candidates::kFirst; --code) {
+            const float ratio = divide(candidates_.scale(code), amax_);
+            const float open = 1.0f - Candidates::kLargest * ratio;
+            const float clipped = open > 0.0f ? open : 0.0f;
+            if (!can_win(clipped * clipped)) return;
+            visit(code);
+        }
+    }
+
+    const float (&block_)[kSize];
+    float amax_;
+    Candidates candidates_;
+    float gain_;
+    float best_ = INFINITY;
+    int best_code_ = 0;
+};
+
+}  // namespace lrq

@@ -1,0 +1,41 @@
+"""Largest magnitude of every matrix of a batch, as float32 bits: their integer order is the order of the magnitudes."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS, _COLUMNS = 16, 256
+_PROGRAMS = 2048
+
+
+@triton.jit
+def amax_kernel(
+    x, bits, batch_stride, row_stride, rows, columns, column_tiles, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """``bits[b]`` becomes at least the largest magnitude of matrix b."""
+    batch = tl.program_id(1)
+    x += batch.to(tl.int64) * batch_stride
+    best = tl.zeros((ROWS, COLUMNS), tl.int32)
+    tile = tl.program_id(0)
+    # Not a range: the interpreter of Triton 3.6 can't count with tensors under numpy 2.4.
+    while tile < tiles:
+        row = (tile // column_tiles) * ROWS + tl.arange(0, ROWS)[:, None]
+        column = (tile % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        inside = (row < rows) & (column < columns)
+        values = tl.load(x + row.to(tl.int64) * row_stride + column, inside, 0.0).to(tl.float32)
+        best = tl.maximum(best, tl.abs(values).to(tl.int32, bitcast=True))
+        tile += tl.num_programs(0)
+    tl.atomic_max(bits + batch, tl.max(best), sem="relaxed")
+
+
+def amax_bits(x: Tensor) -> Tensor:
+    """Bits of the largest magnitude of the matrices [B,M,N], int32 [B]; the last stride of ``x`` is 1."""
+    batch, rows, columns = x.shape
+    bits = torch.zeros(batch, dtype=torch.int32, device=x.device)
+    column_tiles = triton.cdiv(columns, _COLUMNS)
+    tiles = triton.cdiv(rows, _ROWS) * column_tiles
+    amax_kernel[min(tiles, _PROGRAMS), batch](
+        x, bits, x.stride(0), x.stride(1), rows, columns, column_tiles, tiles, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=8
+    )
+    return bits
