@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lrq.dialects import comfyui
+from lrq.formats import read_format
+
 DIGITS = Path(__file__).parents[1] / "tests" / "fixtures" / "digits_dit" / "model.safetensors"
 State = dict[str, Tensor]
 
@@ -91,10 +94,14 @@ class DigitsDiT:
             x = x + (free + self.GUIDANCE * (guided - free)) / self.STEPS
         return x
 
+    def distances(self, reference: Tensor, state: State) -> Tensor:
+        """Of each sample, |x - x_ref| / (sqrt(n) std(x_ref)); a sample that became another digit stands out."""
+        difference = (self.sample(state) - reference).flatten(1)
+        return difference.norm(dim=1) / (difference.shape[1] ** 0.5 * reference.std())
+
     def distance(self, reference: Tensor, state: State) -> float:
-        """|x - x_ref| / (sqrt(n) std(x_ref))."""
-        difference = self.sample(state) - reference
-        return (difference.norm() / (difference.numel() ** 0.5 * reference.std())).item()
+        """|x - x_ref| / (sqrt(n) std(x_ref)) of all samples together."""
+        return self.distances(reference, state).square().mean().sqrt().item()
 
     def _velocity(self, w: State, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         def linear(name: str, value: Tensor) -> Tensor:
@@ -129,3 +136,15 @@ def load_minilm() -> State:
 def load_digits() -> State:
     """The original weights, bfloat16."""
     return load_file(DIGITS)
+
+
+def load_converted(path: Path, original: State) -> State:
+    """The state dict that a loader makes of a converted file: every layer dequantized from its marker."""
+    stored = load_file(path)
+    state = dict(original)
+    for name in [n.removesuffix(f".{comfyui.MARKER}") for n in stored if n.endswith(f".{comfyui.MARKER}")]:
+        marker = comfyui.read_marker_tensor(stored[f"{name}.{comfyui.MARKER}"].numpy().tobytes())
+        parts = {s: stored[f"{name}.{s}"] for s in comfyui.STORED if f"{name}.{s}" in stored}
+        fmt = read_format(marker, {suffix: tuple(t.shape) for suffix, t in parts.items()})
+        state[f"{name}.weight"] = fmt.dequantize(parts, tuple(original[f"{name}.weight"].shape))
+    return state

@@ -27,8 +27,10 @@ class Storage:
         None, "What shares one scale, for FP8 and INT8 [default: tensor].", choices=("tensor", "row", "block")
     )
     block_size: int | None = _setting(
-        None, "Side of the square block of block scaling [default: 64 for FP8, 128 for INT8]; alone, with --int8, it "
-        "means --scaling_mode block.", minimum=1,
+        None,
+        "Side of the square block of block scaling [default: 64 for FP8, 128 for INT8]; alone, with --int8, it "
+        "means --scaling_mode block.",
+        minimum=1,
     )
     convrot: bool = _setting(False, "Rotate groups of input columns by a Hadamard matrix first (INT8 row).")
     convrot_group_size: int | None = _setting(
@@ -85,8 +87,10 @@ class Rounding:
         True, "Search the best representable block scales of NVFP4 and MXFP8; off: from each block's amax.", on_off=True
     )
     coherence: float = _setting(
-        4.0, "γ of the scale search: a block's scale minimises |E|² + γ⟨E,W⟩²/|W|². 0: plain least squares.",
-        minimum=0.0, maximum=1e6,
+        4.0,
+        "γ of the scale search: a block's scale minimises |E|² + γ⟨E,W⟩²/|W|². 0: plain least squares.",
+        minimum=0.0,
+        maximum=1e6,
     )
     num_iter: int = _setting(1000, "Sweeps of learned rounding at most; it stops when nothing moves.", minimum=1)
     top_p: float = _setting(

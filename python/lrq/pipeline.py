@@ -16,9 +16,8 @@ from lrq.errors import InputError, printable
 from lrq.plan import Layer, Plan
 from lrq.rounding.solve import Outcome, layer_seed, quantize_layer
 
-
-LARGEST = 2.0**120
-"""Rounded up to the next value of a grid, a larger weight could leave float32."""
+LARGEST = 2.0**100
+"""A larger weight could leave float32: rounded up to the next value of a grid, or summed over a ConvRot group."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,11 @@ def _run_layer(
         raise InputError(
             f"layer {printable(layer.name)} {list(layer.source.shape)}: out of memory on {device}; "
             "use --device cpu, or --simple, which needs less"
+        ) from None
+    except torch.linalg.LinAlgError as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"layer {printable(layer.name)}: its singular directions can't be computed ({reason}); use --simple"
         ) from None
     for suffix, tensor in tensors.items():
         writer.write(f"{layer.name}.{suffix}", tensor)

@@ -73,7 +73,9 @@ class File:
     @property
     def marked(self) -> dict[str, dict[str, Any]]:
         """Marker A by layer."""
-        found = {name.removesuffix(".comfy_quant"): t for name, t in self.tensors.items() if name.endswith(".comfy_quant")}
+        found = {
+            name.removesuffix(".comfy_quant"): t for name, t in self.tensors.items() if name.endswith(".comfy_quant")
+        }
         return {name: json.loads(bytes(tensor.tolist())) for name, tensor in found.items()}
 
     def mark(self, layer: str, marker: dict[str, Any]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samples import gaussian
 
 import lrq_kernels
 from lrq_kernels import OPERATIONS
+from samples import gaussian
 
 W = gaussian(40, 64)
 BATCH = gaussian(2, 40, 64)

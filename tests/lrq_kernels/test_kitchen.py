@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import tolerances
 import torch
 from comfy_kitchen.backends.eager import quantization as kitchen
 from comfy_kitchen.float_utils import from_blocked, pack_uint4, to_blocked
-from samples import MATRICES, gaussian
 from torch import Tensor
 
 import lrq_kernels
+import tolerances
+from samples import MATRICES, gaussian
 
 FLAT = {name: w for name, w in MATRICES.items() if w.dim() == 2}
 EXACT = {name: w for name, w in FLAT.items() if name not in ("zeros", "negative zeros", "below every scale")}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import tolerances
 import torch
-from samples import MATRICES, gaussian
 from torch import Tensor
 
 import lrq_kernels
+import tolerances
 from lrq_kernels.minifloat import encode_e4m3, nearest_e2m1
+from samples import MATRICES, gaussian
 
 COHERENCE = (0.0, 4.0, 50.0)
 NAMES = [name for name in MATRICES if not name.startswith(("below", "1x1 "))]

@@ -170,7 +170,7 @@ def _entry(name: str, record: Any, path: Path) -> Entry:
     return Entry(name, dtype, tuple(shape), *offsets)
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 
 

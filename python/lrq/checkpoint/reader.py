@@ -70,18 +70,27 @@ class Reader:
     def read(self, name: str) -> torch.Tensor:
         """A tensor on the CPU."""
         entry = self.entries[name]
-        data = bytearray(b"".join(self.chunks(entry)))
-        if not data:
+        if not entry.size:
             return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        data = bytearray(entry.size)
+        view = memoryview(data)
+        for piece in self.chunks(entry):
+            view[: len(piece)] = piece
+            view = view[len(piece) :]
         return torch.frombuffer(data, dtype=TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
     def chunks(self, entry: Entry) -> Iterator[bytes]:
         """The bytes of a tensor, in pieces of at most :data:`CHUNK`."""
         offset, end = self.header.data_start + entry.begin, self.header.data_start + entry.end
         while offset < end:
-            piece = os.pread(self._file.fileno(), min(CHUNK, end - offset), offset)
+            try:
+                self._file.seek(offset)
+                piece = self._file.read(min(CHUNK, end - offset))
+            except OSError as error:
+                raise InputError(f"{self.path}: can't be read: {error.strerror}") from None
             if not piece:
-                raise InputError(f"{self.path}: ended inside tensor {printable(entry.name)}; it changed while being read")
+                name = printable(entry.name)
+                raise InputError(f"{self.path}: ended inside tensor {name}; it changed while being read")
             yield piece
             offset += len(piece)
 

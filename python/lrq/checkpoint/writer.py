@@ -37,7 +37,7 @@ class Writer:
         self._missing = {entry.name for entry in header.entries if entry.size}
         self._places = {entry.name: entry for entry in header.entries}
         try:
-            self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            self._file = self._partial.open("xb", buffering=0)
         except OSError as error:
             raise InputError(f"{path.parent}: can't write there: {error.strerror}") from None
         try:
@@ -48,21 +48,23 @@ class Writer:
             raise
 
     def _reserve(self, size: int) -> None:
-        """Take the disk space now: a disk too small is known before any work is done."""
+        """Take the disk space now, where the system can: a disk too small is known before any work is done."""
+        if not hasattr(os, "posix_fallocate"):
+            return
         try:
-            os.posix_fallocate(self._fd, 0, size)
+            os.posix_fallocate(self._file.fileno(), 0, size)
         except OSError as error:
             if error.errno not in _NO_FALLOCATE:
                 raise InputError(f"{self.path}: can't reserve {size} bytes: {error.strerror}") from None
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
-        while view:
-            try:
-                written = os.pwrite(self._fd, view, offset)
-            except OSError as error:
-                raise InputError(f"{self.path}: can't be written: {error.strerror}") from None
-            view, offset = view[written:], offset + written
+        try:
+            self._file.seek(offset)
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            raise InputError(f"{self.path}: can't be written: {error.strerror}") from None
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Store a tensor in its place; its dtype and shape must be those of the header."""
@@ -81,7 +83,7 @@ class Writer:
         self._missing.discard(entry.name)
 
     def _discard(self) -> None:
-        os.close(self._fd)
+        self._file.close()
         with contextlib.suppress(FileNotFoundError):
             self._partial.unlink()
 
@@ -89,7 +91,8 @@ class Writer:
         if self._missing:
             raise RuntimeError(f"never written: {', '.join(sorted(map(printable, self._missing)))}")
         try:
-            os.fsync(self._fd)
+            os.fsync(self._file.fileno())
+            self._file.close()
             os.replace(self._partial, self.path)
             _sync_folder(self.path.parent)
         except OSError as error:
@@ -109,7 +112,9 @@ class Writer:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename is durable when the folder is synced."""
+    """A rename is durable when the folder is synced; Windows has no such call."""
+    if os.name == "nt":
+        return
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

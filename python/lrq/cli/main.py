@@ -103,7 +103,7 @@ main.add_command(convert_to_quant, "convert")
 @click.option("--source", metavar="IN", help="The checkpoint it was made from: compares and measures.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def verify(output: str, source: str | None, as_json: bool) -> None:
-    """Check a converted file: names, shapes, markers, padding, finiteness, unchanged tensors, and the error that remains.
+    """Check a converted file: names, shapes, markers, padding, finiteness, unchanged tensors, and what error remains.
 
     Exit code 1 if a check fails.
     """

@@ -68,8 +68,9 @@ class Progress:
         self.bar.update(self.task, advance=1, layer=name)
         if self.verbose:
             learned = ", ".join(
-                f"{o.iterations} sweeps, {o.stopped}, objective {o.objective_after / max(o.objective_before, 1e-300):.3f}"
-                for o in layer.outcomes[:1]
+                f"{one.iterations} sweeps, {one.stopped}, "
+                f"objective {one.objective_after / max(one.objective_before, 1e-300):.3f}"
+                for one in layer.outcomes[:1]
             )
             self._say(f"{layer.format}  {name} {list(layer.shape)}  {learned}")
 

@@ -49,7 +49,7 @@ class Policy:
         return refused
 
     def _refusal(self, entry: Entry, names: set[str]) -> str | None:
-        if not entry.name.endswith(SUFFIX):
+        if not entry.name.endswith(SUFFIX) or len(entry.shape) < 2:
             return NOT_A_WEIGHT
         module = entry.name.removesuffix(SUFFIX)
         if any(f"{module}.{sibling}" in names for sibling in QUANTIZED_SIBLINGS):
@@ -85,11 +85,13 @@ def _outside_blocks(candidates: list[Entry]) -> set[str]:
 
 def _compile(patterns: list[str]) -> re.Pattern[str]:
     """One expression that finds any of the patterns between dots."""
-    translated = (
-        r"\.".join(fnmatch.translate(part).removeprefix("(?s:").rsplit(")", 1)[0].replace(".*", "[^.]*") for part in p.split("."))
-        for p in patterns
-    )
+    translated = (r"\.".join(map(_translate, pattern.split("."))) for pattern in patterns)
     return re.compile(rf"(?:^|\.)(?:{'|'.join(translated)})(?:\.|$)")
+
+
+def _translate(part: str) -> str:
+    """One part of a pattern, without the anchors of ``fnmatch``; its ``*`` stops at a dot."""
+    return fnmatch.translate(part).removeprefix("(?s:").rsplit(")", 1)[0].replace(".*", "[^.]*")
 
 
 @cache

@@ -193,7 +193,10 @@ def _read_tensors(output: Reader, name: str, fmt: Format, shape: Shape) -> Tenso
 
 def _check_values(fmt: Format, tensors: Tensors, shape: Shape) -> None:
     for suffix, tensor in tensors.items():
-        if suffix != "weight" and tensor.is_floating_point() and not (torch.isfinite(tensor.float()) & (tensor.float() >= 0)).all():
+        if suffix == "weight" or not tensor.is_floating_point():
+            continue
+        values = tensor.float()
+        if not (torch.isfinite(values) & (values >= 0)).all():
             raise ValueError(f"{suffix} holds a negative or non-finite scale")
     scales = tensors["weight_scale"]
     if fmt.name == "mxfp8" and (scales == 255).any():
@@ -229,18 +232,16 @@ def _compare(output: Reader, source: Reader, quantized: set[str], result: Verifi
     """Every tensor of the source must be there, unchanged unless quantized; nothing else may be there."""
     written = {f"{name}.{suffix}" for name in quantized for suffix in (*comfyui.STORED, comfyui.MARKER)}
     for entry in source.header.entries:
-        mine = output.entries.get(entry.name)
+        mine, where = output.entries.get(entry.name), f"tensor {printable(entry.name)}"
         if mine is None:
-            yield f"tensor {printable(entry.name)}: is missing"
+            yield f"{where}: is missing"
         elif entry.name in written and entry.dtype in FLOAT_DTYPES and entry.name.endswith(".weight"):
             continue
         elif (mine.dtype, mine.shape) != (entry.dtype, entry.shape):
-            yield f"tensor {printable(entry.name)}: was {entry.dtype} {list(entry.shape)}, is {mine.dtype} {list(mine.shape)}"
+            yield f"{where}: was {entry.dtype} {list(entry.shape)}, is {mine.dtype} {list(mine.shape)}"
         elif any(a != b for a, b in zip(output.chunks(mine), source.chunks(entry), strict=True)):
-            yield f"tensor {printable(entry.name)}: its bytes differ from the source's"
+            yield f"{where}: its bytes differ from the source's"
         else:
             result.unchanged += 1
     for name in output.entries.keys() - source.entries.keys() - written:
         yield f"tensor {printable(name)}: is not in the source and belongs to no quantized layer"
-
-

@@ -77,7 +77,7 @@ def learn(problem: Problem, rounding: Rounding) -> tuple[Tensor, Outcome]:
     attempt = problem
     while True:
         solution = SOLVERS["coordinate_descent"](attempt, rounding.num_iter)
-        if relative_error(problem, solution.values) <= FROBENIUS_LIMIT:
+        if not relative_error(problem, solution.values) > FROBENIUS_LIMIT:
             break
         raised = Metric(attempt.metric.right, 2 * max(attempt.metric.plain_weight, 0.05), attempt.metric.left)
         attempt = Problem(problem.weight, problem.scale, problem.start, problem.grid, raised, problem.seed)

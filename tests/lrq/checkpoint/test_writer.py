@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import load, normal, same_bytes, save, transformer
 
+from checkpoints import load, normal, same_bytes, save, transformer
 from lrq.checkpoint.header import lay_out
 from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.writer import Writer
@@ -23,6 +23,12 @@ def write(path: Path) -> None:
     with Writer(path, *HEADER) as writer:
         writer.write("b", B)
         writer.write("a", A)
+
+
+def write_half(path: Path, failure: type[BaseException]) -> None:
+    with Writer(path, *HEADER) as writer:
+        writer.write("b", B)
+        raise failure
 
 
 def names(folder: Path) -> list[str]:
@@ -70,9 +76,8 @@ def test_an_existing_file_is_replaced_at_the_end(tmp_path):
 def test_a_failure_leaves_the_folder_as_it_was(tmp_path, failure):
     target = tmp_path / "out.safetensors"
     target.write_bytes(b"old")
-    with pytest.raises(failure), Writer(target, *HEADER) as writer:
-        writer.write("a", A)
-        raise failure
+    with pytest.raises(failure):
+        write_half(target, failure)
     assert names(tmp_path) == ["out.safetensors"] and target.read_bytes() == b"old"
 
 
@@ -111,6 +116,15 @@ def test_a_failing_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, ca
     assert names(tmp_path) == []
 
 
+def test_the_data_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    order = []
+    for call in ("fsync", "replace"):
+        real = getattr(os, call)
+        monkeypatch.setattr(os, call, lambda *args, call=call, real=real: (order.append(call), real(*args))[1])
+    write(tmp_path / "out.safetensors")
+    assert order == ["fsync", "replace", "fsync"]
+
+
 def test_writes_where_space_cannot_be_reserved(tmp_path, monkeypatch):
     def unsupported(*_args):
         raise OSError(errno.EOPNOTSUPP, "not supported")
@@ -128,7 +142,7 @@ def test_short_writes_go_on(tmp_path, monkeypatch):
 
 
 def test_a_name_as_long_as_the_file_system_takes(tmp_path):
-    target = tmp_path / ("n" * 255)
+    target = tmp_path / ("n" * os.pathconf(tmp_path, "PC_NAME_MAX"))
     write(target)
     assert same_bytes(load(target).tensors["a"], A)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lrq.dialects import comfyui
 from lrq.formats import FORMATS, Format, Tensors, read_format
 from samples import FLOATS, MATRICES, gaussian

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from lrq.config import Rounding
 from lrq.formats import FORMATS, Format
 from lrq.rounding.coordinate_descent import coordinate_descent
@@ -11,7 +13,6 @@ from lrq.rounding.metric import Metric, input_metric, leading_directions, subspa
 from lrq.rounding.problem import Problem
 from lrq.rounding.solve import FROBENIUS_LIMIT, layer_seed, learn, quantize_layer
 from samples import gaussian, low_rank, student
-from torch import Tensor
 
 LAYERS = {
     "gaussian": lambda: gaussian(128, 256),
