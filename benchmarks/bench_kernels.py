@@ -2,8 +2,8 @@
 
     python benchmarks/bench_kernels.py [--device cuda] [--json benchmarks/results/kernels-h200.json]
 
-Ideal bytes: the weight read once, codes and scales written once. Inputs rotate beyond the L2 cache. The kernels' bits are
-compared with the reference before they are timed.
+Ideal bytes: the weight read once, codes and scales written once. Inputs rotate beyond the L2 cache. The bits of each
+kernel are compared with the reference before it is timed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from lrq_kernels.dispatch import BACKENDS, refusal
 from measure import copy_bandwidth, machine, median_seconds
 
 ROTATE_BYTES = 200e6
-CASES: dict[str, Callable[[Tensor, Tensor], object]] = {
+Run = Callable[[Tensor, Tensor], object]
+Samples = list[tuple[Tensor, Tensor]]
+CASES: dict[str, Run] = {
     "quantize_nvfp4, scale given": lambda x, scale: lrq_kernels.quantize_nvfp4(x, scale),
     "quantize_nvfp4": lambda x, scale: lrq_kernels.quantize_nvfp4(x),
     "quantize_nvfp4, best scales": lambda x, scale: lrq_kernels.quantize_nvfp4(x, scale, 4.0),
@@ -36,7 +39,7 @@ def peer(x: Tensor, scale: Tensor) -> object:
     return comfy_kitchen.quantize_nvfp4(x, scale)
 
 
-def inputs(shape: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def inputs(shape: tuple[int, ...], device: torch.device) -> Samples:
     """Weights of bf16 with their tensor scales, enough to be more than the caches hold."""
     one = torch.Size(shape).numel() * 2
     found = []
@@ -52,7 +55,7 @@ def ideal_bytes(x: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in (x, *outputs))
 
 
-def same_bits(run: Callable[[], tuple[Tensor, ...]], backend: str) -> bool:
+def same_bits(run: Callable[[], Any], backend: str) -> bool:
     results = []
     for chosen in (backend, "reference"):
         with lrq_kernels.use_backend(chosen):
@@ -66,33 +69,36 @@ def bench(device: torch.device, repeats: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = [{"copy_gb_s": bandwidth / 1e9}]
     for shape in SHAPES[device.type]:
         samples = inputs(shape, device)
-        size = ideal_bytes(samples[0][0])
         for name, run in CASES.items():
             for backend in BACKENDS:
-                reason = refusal("quantize_nvfp4", backend, (*samples[0], None))
-                if reason is not None or (backend == "reference" and device.type == "cuda"):
-                    continue
-                bits = same_bits(lambda run=run: run(*samples[0]), backend)  # type: ignore[misc]
-                with lrq_kernels.use_backend(backend):
-                    seconds = median_seconds(lambda i, run=run: run(*samples[i % len(samples)]), device, repeats)  # type: ignore[misc]
-                rows.append(row(name, shape, backend, seconds, size, bandwidth, bits))
-        rows += peers(samples, shape, device, size, bandwidth, repeats)
+                if refusal("quantize_nvfp4", backend, (*samples[0], None)) is None:
+                    rows.append(time_backend(name, run, backend, samples, bandwidth, repeats))
+        rows += time_peer(samples, bandwidth, repeats)
     return rows
 
 
-def peers(
-    samples: list, shape: tuple[int, ...], device: torch.device, size: int, bandwidth: float, repeats: int
-) -> list:
+def time_backend(name: str, run: Run, backend: str, samples: Samples, bandwidth: float, repeats: int) -> dict:
+    bits = same_bits(lambda: run(*samples[0]), backend)
+    if backend == "reference":
+        repeats = min(repeats, 3)
+    with lrq_kernels.use_backend(backend):
+        device = samples[0][0].device
+        seconds = median_seconds(lambda i: run(*samples[i % len(samples)]), device, repeats)
+    return row(name, samples[0][0], backend, seconds, bandwidth, bits)
+
+
+def time_peer(samples: Samples, bandwidth: float, repeats: int) -> list[dict]:
     try:
         peer(*samples[0])
     except Exception as error:  # whatever a peer does, the benchmark goes on and says so
-        print(f"comfy-kitchen: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        print(f"comfy-kitchen: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         return []
-    seconds = median_seconds(lambda i: peer(*samples[i % len(samples)]), device, repeats)
-    return [row("quantize_nvfp4, scale given", shape, "comfy-kitchen", seconds, size, bandwidth, None)]
+    seconds = median_seconds(lambda i: peer(*samples[i % len(samples)]), samples[0][0].device, repeats)
+    return [row("quantize_nvfp4, scale given", samples[0][0], "comfy-kitchen", seconds, bandwidth, None)]
 
 
-def row(name: str, shape: tuple, backend: str, seconds: float, size: int, bandwidth: float, bits: bool | None) -> dict:
+def row(name: str, x: Tensor, backend: str, seconds: float, bandwidth: float, bits: bool | None) -> dict:
+    shape, size = tuple(x.shape), ideal_bytes(x)
     found = {
         "case": name,
         "shape": list(shape),

@@ -41,7 +41,7 @@ def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "CXX", "PYTHONPATH"))}
     environment |= {"LRQ_NATIVE": "off", "PATH": str(empty)}
-    subprocess.run(command, cwd=source, env=environment, check=True)
+    subprocess.run([*pip, "--target", target, "."], cwd=source, env=environment, check=True)
     assert not list(target.rglob("*.so"))
     return target
 

@@ -67,7 +67,7 @@ def _run_layer(
             f"layer {printable(layer.name)} {list(layer.source.shape)}: out of memory on {device}; "
             "use --device cpu, or --simple, which needs less"
         ) from None
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"layer {printable(layer.name)}: its singular directions can't be computed ({reason}); use --simple"

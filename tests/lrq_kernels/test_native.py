@@ -103,7 +103,7 @@ def test_gaussian(backend, shape, dtype, coherence):
     check(backend, gaussian(shape, dtype), coherence)
 
 
-@pytest.mark.parametrize("coherence", (None, 4.0))
+@pytest.mark.parametrize("coherence", [None, 4.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_tiles(backend, dtype, coherence):
     check(backend, gaussian((300, 384), dtype), coherence)
@@ -122,7 +122,7 @@ def test_given_scale(backend, scale, coherence):
     check(backend, EXTREMES["mixed_subnormals"], coherence, torch.tensor(scale))
 
 
-@pytest.mark.parametrize("coherence", (None, 4.0))
+@pytest.mark.parametrize("coherence", [None, 4.0])
 def test_given_scale_of_a_batch(backend, coherence):
     x = gaussian((3, 40, 48))
     check(backend, x, coherence, torch.tensor([1e-3, 0.5, 7.0]))
@@ -130,7 +130,7 @@ def test_given_scale_of_a_batch(backend, coherence):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("coherence", (None, 4.0))
+@pytest.mark.parametrize("coherence", [None, 4.0])
 def test_views(backend, dtype, coherence):
     x = gaussian((4, 50, 130), dtype).to(backend)
     views = (
@@ -151,7 +151,7 @@ def test_views(backend, dtype, coherence):
         check(backend, view.cpu(), coherence)
 
 
-@pytest.mark.parametrize("threads", (1, 2, 5))
+@pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_do_not_change_bits(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -170,7 +170,7 @@ def test_says_why_not():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("coherence", (None, 4.0))
+@pytest.mark.parametrize("coherence", [None, 4.0])
 def test_follows_the_current_stream(coherence):
     _cuda_device()
     x = gaussian((1024, 1024)).cuda()
