@@ -27,8 +27,6 @@ if __name__ == "__main__":
     source = FOLDER / "all-MiniLM-L6-v2.safetensors"
     source.write_bytes((minilm_folder() / "model.safetensors").read_bytes())
     output = FOLDER / "all-MiniLM-L6-v2-nvfp4.safetensors"
-    paths = [
-        str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path) for path in (source, output)
-    ]
-    run("convert", "-i", paths[0], "-o", paths[1], "--nvfp4", "--comfy_quant")
-    run("verify", paths[1], "--source", paths[0])
+    given, made = (os.path.relpath(path) for path in (source, output))
+    run("convert", "-i", given, "-o", made, "--nvfp4", "--comfy_quant")
+    run("verify", made, "--source", given)

@@ -27,18 +27,7 @@ def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(ROOT / name, source / name)
     empty = tmp_path_factory.mktemp("path")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        target,
-        ".",
-    ]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "CXX", "PYTHONPATH"))}
     environment |= {"LRQ_NATIVE": "off", "PATH": str(empty)}
     subprocess.run([*pip, "--target", target, "."], cwd=source, env=environment, check=True)
