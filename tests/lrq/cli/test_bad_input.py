@@ -228,6 +228,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, source):
     assert everything(tmp_path) == before
 
 
+def heed_signals() -> None:
+    """A shell's background job ignores SIGINT, and its children with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def test_signals_leave_no_file(tmp_path):
     """Nobody reads the children's words at first: a full pipe holds them in the middle of the work."""
     long = "a-name-so-long-that-the-lines-fill-every-pipe" * 5
@@ -238,7 +244,7 @@ def test_signals_leave_no_file(tmp_path):
         folder = tmp_path / number.name
         folder.mkdir()
         flags = ("-o", folder / "out.safetensors", "--simple", "--verbose")
-        running[number, folder] = process("convert", "-i", source, *flags)
+        running[number, folder] = process("convert", "-i", source, *flags, preexec_fn=heed_signals)
     for (number, folder), one in running.items():
         assert one.stderr.readline().startswith("fp8  blocks.0.")
         (partial,) = folder.iterdir()
