@@ -10,19 +10,11 @@ namespace lrq::nvfp4 {
 
 inline Layout layout_of(const Tensor& x, const std::optional<Tensor>& given_scale, const Tensor& codes,
                         const Tensor& block_scales, const Tensor& tensor_scale) {
-    require(x.type == Type::kFloat32 || x.type == Type::kBFloat16 || x.type == Type::kFloat16,
-            "quantize_nvfp4: x must be float32, bfloat16 or float16");
-    require(x.stride(1) == 1 || x.size(1) == 1, "quantize_nvfp4: the columns of x must be contiguous");
     require(codes.type == Type::kUInt8 && block_scales.type == Type::kFloat8E4M3, "quantize_nvfp4: types of outputs");
     require(tensor_scale.type == Type::kFloat32, "quantize_nvfp4: tensor_scale must be float32");
     require(!given_scale || given_scale->type == Type::kFloat32, "quantize_nvfp4: the given scale must be float32");
     Layout layout{};
-    layout.x = x.data;
-    layout.batch = x.size(3);
-    layout.rows = x.size(2);
-    layout.columns = x.size(1);
-    layout.batch_stride = x.stride(3);
-    layout.row_stride = x.stride(2);
+    layout.x = matrix_of(x, "quantize_nvfp4");
     layout.codes = static_cast<uint8_t*>(codes.data);
     layout.code_rows = codes.size(2);
     layout.blocks = codes.size(1) / (kBlock / 2);
@@ -32,7 +24,7 @@ inline Layout layout_of(const Tensor& x, const std::optional<Tensor>& given_scal
     layout.given_scale = given_scale ? static_cast<const float*>(given_scale->data) : nullptr;
     layout.given_stride = given_scale ? given_scale->stride(1) : 0;
     layout.tensor_scale = static_cast<float*>(tensor_scale.data);
-    require(layout.blocks * kBlock >= layout.columns && layout.code_rows >= layout.rows &&
+    require(layout.blocks * kBlock >= layout.x.columns && layout.code_rows >= layout.x.rows &&
                 layout.column_tiles * kTileColumns >= layout.blocks && layout.row_tiles * kTileRows >= layout.code_rows,
             "quantize_nvfp4: the outputs are too small for x");
     return layout;

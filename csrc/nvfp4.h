@@ -1,6 +1,7 @@
 // NVFP4 of one block of 16, and where a matrix keeps its codes and scales; host and device.
 #pragma once
 
+#include "matrix.h"
 #include "minifloat.h"
 #include "search.h"
 
@@ -12,10 +13,9 @@ constexpr int kTileRows = 128;
 constexpr int kTileColumns = 4;
 constexpr int kTile = kTileRows * kTileColumns;
 
-// Strides count elements; codes, scales and the tensor scale are contiguous.
+// Codes, scales and the tensor scale are contiguous; strides count elements.
 struct Layout {
-    const void* x;
-    int64_t batch, rows, columns, batch_stride, row_stride;
+    Matrix x;
     uint8_t* codes;
     int64_t code_rows, blocks;
     uint8_t* scales;

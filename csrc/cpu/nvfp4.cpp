@@ -6,42 +6,13 @@
 #include "../layout.h"
 #include "clones.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace lrq::cpu {
 namespace {
 
 using nvfp4::kBlock;
 using nvfp4::Layout;
-
-LRQ_CLONES void widen_row(const BFloat16* x, int64_t count, float* row) {
-    for (int64_t i = 0; i < count; ++i) row[i] = widen(x[i]);
-}
-
-LRQ_CLONES void widen_row(const Float16* x, int64_t count, float* row) {
-    for (int64_t i = 0; i < count; ++i) row[i] = widen(x[i]);
-}
-
-void read_row(const Layout& layout, Type type, int64_t matrix, int64_t row, float* out) {
-    const int64_t offset = matrix * layout.batch_stride + row * layout.row_stride;
-    if (type == Type::kBFloat16)
-        widen_row(static_cast<const BFloat16*>(layout.x) + offset, layout.columns, out);
-    else if (type == Type::kFloat16)
-        widen_row(static_cast<const Float16*>(layout.x) + offset, layout.columns, out);
-    else
-        std::memcpy(out, static_cast<const float*>(layout.x) + offset, layout.columns * sizeof(float));
-}
-
-// The order of the bits of non-negative floats is their order, and integers vectorise.
-LRQ_INLINE float largest(const float* values, int64_t count) {
-    int32_t bits = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const int32_t candidate = static_cast<int32_t>(to_bits(magnitude(values[i])));
-        bits = candidate > bits ? candidate : bits;
-    }
-    return from_bits(static_cast<uint32_t>(bits));
-}
-
-LRQ_CLONES float row_amax(const float* row, int64_t columns) { return largest(row, columns); }
 
 LRQ_CLONES void row_scales(const float* row, int64_t blocks, float tensor_scale, const float* coherence,
                            uint8_t* scales) {
@@ -69,21 +40,22 @@ LRQ_CLONES void row_codes(const float* row, int64_t blocks, float tensor_scale, 
     }
 }
 
-void set_tensor_scales(const Layout& layout, Type type, std::vector<std::vector<float>>& rows) {
+void set_tensor_scales(const Layout& layout, std::vector<std::vector<float>>& rows) {
     if (layout.given_scale) {
-        for (int64_t m = 0; m < layout.batch; ++m) layout.tensor_scale[m] = layout.given_scale[m * layout.given_stride];
+        for (int64_t m = 0; m < layout.x.batch; ++m)
+            layout.tensor_scale[m] = layout.given_scale[m * layout.given_stride];
         return;
     }
     const int workers = static_cast<int>(rows.size());
-    std::vector<float> amax(layout.batch * workers, 0.0f);
-    parallel_rows(layout.batch * layout.rows, workers, [&](int worker, int64_t index) {
-        const int64_t matrix = index / layout.rows;
+    std::vector<float> amax(layout.x.batch * workers, 0.0f);
+    parallel_rows(layout.x.batch * layout.x.rows, workers, [&](int worker, int64_t index) {
+        const int64_t matrix = index / layout.x.rows;
         float* row = rows[worker].data();
-        read_row(layout, type, matrix, index % layout.rows, row);
+        read_row(layout.x, matrix, index % layout.x.rows, row);
         float& most = amax[matrix * workers + worker];
-        most = std::max(most, row_amax(row, layout.columns));
+        most = std::max(most, row_amax(row, layout.x.columns));
     });
-    for (int64_t m = 0; m < layout.batch; ++m)
+    for (int64_t m = 0; m < layout.x.batch; ++m)
         layout.tensor_scale[m] = nvfp4::scale_of_amax(largest(&amax[m * workers], workers));
 }
 
@@ -94,21 +66,21 @@ void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, s
     const Layout layout = nvfp4::layout_of(x, given_scale, codes, block_scales, tensor_scale);
     const int64_t scale_rows = layout.row_tiles * nvfp4::kTileRows;
     const int64_t scale_columns = layout.column_tiles * nvfp4::kTileColumns;
-    const int workers = worker_count(layout.batch * layout.rows, threads);
+    const int workers = worker_count(layout.x.batch * layout.x.rows, threads);
     std::vector<std::vector<float>> rows(workers, std::vector<float>(layout.blocks * kBlock, 0.0f));
     std::vector<std::vector<uint8_t>> scales(workers, std::vector<uint8_t>(scale_columns, 0));
-    set_tensor_scales(layout, x.type, rows);
+    set_tensor_scales(layout, rows);
     const float penalty = static_cast<float>(coherence.value_or(0.0));
     const float* const searched = coherence ? &penalty : nullptr;
 
-    parallel_rows(layout.batch * scale_rows, workers, [&](int worker, int64_t index) {
+    parallel_rows(layout.x.batch * scale_rows, workers, [&](int worker, int64_t index) {
         const int64_t matrix = index / scale_rows, row = index % scale_rows;
         uint8_t* const row_of_scales = scales[worker].data();
         uint8_t* const row_of_codes = layout.codes + (matrix * layout.code_rows + row) * layout.blocks * (kBlock / 2);
         std::fill_n(row_of_scales, scale_columns, uint8_t{0});
-        if (row < layout.rows) {
+        if (row < layout.x.rows) {
             float* const values = rows[worker].data();
-            read_row(layout, x.type, matrix, row, values);
+            read_row(layout.x, matrix, row, values);
             row_scales(values, layout.blocks, layout.tensor_scale[matrix], searched, row_of_scales);
             row_codes(values, layout.blocks, layout.tensor_scale[matrix], row_of_scales, row_of_codes);
         } else if (row < layout.code_rows) {

@@ -5,6 +5,7 @@
 #include "../kernels.h"
 #include "../layout.h"
 #include "launch.h"
+#include "load.h"
 
 namespace lrq::cuda {
 namespace {
@@ -24,54 +25,17 @@ constexpr int64_t kMaxGridX = 0x7fffffff;
 // Enough thread blocks to fill any GPU; each then takes several rows, and the atomics stay few.
 constexpr int64_t kAmaxBlocks = 4096;
 
-__device__ __forceinline__ void unpack(uint32_t word, float* out, float) { out[0] = __uint_as_float(word); }
-
-template <class T>
-__device__ __forceinline__ void unpack(uint32_t word, float* out, T) {
-    out[0] = widen(T{static_cast<uint16_t>(word)});
-    out[1] = widen(T{static_cast<uint16_t>(word >> 16)});
-}
-
-// One block of 16 columns; what lies beyond the matrix is zero.
-template <class T>
-__device__ __forceinline__ void load_block(const T* row, int64_t first, int64_t columns, bool aligned,
-                                           float (&block)[kBlock]) {
-    if (aligned && first + kBlock <= columns) {
-        constexpr int kPerWord = sizeof(uint32_t) / sizeof(T);
-        constexpr int kPerLoad = 4 * kPerWord;
-        const uint4* source = reinterpret_cast<const uint4*>(row + first);
-#pragma unroll
-        for (int i = 0; i < kBlock / kPerLoad; ++i) {
-            const uint4 loaded = __ldg(source + i);
-            unpack(loaded.x, block + i * kPerLoad, T{});
-            unpack(loaded.y, block + i * kPerLoad + kPerWord, T{});
-            unpack(loaded.z, block + i * kPerLoad + kPerWord * 2, T{});
-            unpack(loaded.w, block + i * kPerLoad + kPerWord * 3, T{});
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) block[i] = first + i < columns ? widen(row[first + i]) : 0.0f;
-}
-
-__device__ __forceinline__ float largest(const float (&block)[kBlock]) {
-    float most = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) most = fmaxf(most, fabsf(block[i]));
-    return most;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads) amax_kernel(Layout layout, bool aligned, float* amax) {
-    const T* const x = static_cast<const T*>(layout.x);
-    for (int64_t matrix = blockIdx.y; matrix < layout.batch; matrix += gridDim.y) {
+    const T* const x = static_cast<const T*>(layout.x.data);
+    for (int64_t matrix = blockIdx.y; matrix < layout.x.batch; matrix += gridDim.y) {
         float most = 0.0f;
-        for (int64_t row = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp; row < layout.rows;
+        for (int64_t row = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp; row < layout.x.rows;
              row += gridDim.x * int64_t{kWarps}) {
-            const T* const source = x + matrix * layout.batch_stride + row * layout.row_stride;
+            const T* const source = x + matrix * layout.x.batch_stride + row * layout.x.row_stride;
             for (int64_t b = threadIdx.x % kWarp; b < layout.blocks; b += kWarp) {
                 float block[kBlock];
-                load_block(source, b * kBlock, layout.columns, aligned, block);
+                load_block(source, b * kBlock, layout.x.columns, aligned, block);
                 most = fmaxf(most, largest(block));
             }
         }
@@ -106,17 +70,17 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t b = int64_t{tile - tile_row * tile_columns} * nvfp4::kTileColumns + place % 4;
     const int64_t scales = layout.row_tiles * layout.column_tiles * kTile;
 
-    for (int64_t matrix = blockIdx.y; matrix < layout.batch; matrix += gridDim.y) {
+    for (int64_t matrix = blockIdx.y; matrix < layout.x.batch; matrix += gridDim.y) {
         const float tensor_scale =
             layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(amax[matrix]);
         if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = tensor_scale;
         uint32_t scale = 0;
         if (row < layout.code_rows && b < layout.blocks) {
             uint2 codes = make_uint2(0, 0);
-            if (row < layout.rows) {
-                const int64_t offset = matrix * layout.batch_stride + row * layout.row_stride;
+            if (row < layout.x.rows) {
+                const int64_t offset = matrix * layout.x.batch_stride + row * layout.x.row_stride;
                 float block[kBlock];
-                load_block(static_cast<const T*>(layout.x) + offset, b * kBlock, layout.columns, aligned, block);
+                load_block(static_cast<const T*>(layout.x.data) + offset, b * kBlock, layout.x.columns, aligned, block);
                 const float most = largest(block);
                 scale = kSearch ? nvfp4::best_scale(block, most, tensor_scale, coherence)
                                 : nvfp4::ruled_scale(most, tensor_scale);
@@ -129,18 +93,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-bool is_aligned(const Layout& layout) {
-    constexpr int64_t kVector = sizeof(uint4) / sizeof(T);
-    return reinterpret_cast<uintptr_t>(layout.x) % sizeof(uint4) == 0 && layout.row_stride % kVector == 0 &&
-           layout.batch_stride % kVector == 0;
-}
-
-template <class T>
 void run(const Layout& layout, float* amax, std::optional<double> coherence, uintptr_t stream) {
-    const bool aligned = is_aligned<T>(layout);
-    const unsigned matrices = static_cast<unsigned>(std::min(layout.batch, kMaxGridY));
+    const bool aligned = is_aligned<T>(layout.x);
+    const unsigned matrices = static_cast<unsigned>(std::min(layout.x.batch, kMaxGridY));
     if (!layout.given_scale) {
-        const auto blocks = static_cast<unsigned>(std::min((layout.rows + kWarps - 1) / kWarps, kAmaxBlocks));
+        const auto blocks = static_cast<unsigned>(std::min((layout.x.rows + kWarps - 1) / kWarps, kAmaxBlocks));
         launch(kOperation, amax_kernel<T>, dim3(blocks, matrices), dim3(kThreads), stream, layout, aligned, amax);
     }
     const int64_t blocks = layout.row_tiles * layout.column_tiles * kShares;

@@ -163,9 +163,9 @@ def test_threads_do_not_change_bits(threads):
 
 def test_says_why_not():
     reasons = explain("quantize_nvfp4", torch.zeros(16, 16, device="meta"), None, None)
-    assert reasons["cpu"] == "input is on meta"
+    assert reasons["cpu"] == "takes tensors on the CPU, got one on meta"
     reasons = explain("quantize_nvfp4", torch.zeros(16, 16), None, None)
-    assert reasons["cuda"] in ("input is on cpu", "this build has no CUDA part")
+    assert reasons["cuda"] in ("takes tensors on CUDA, got one on cpu", "this build has no CUDA part")
     assert reasons["cpu"] in ("chosen", "accepts")
 
 

@@ -1,0 +1,23 @@
+"""Kernels written in C++ and CUDA (csrc): backends ``cpu`` and ``cuda``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from lrq_kernels.dispatch import unavailable
+
+INTERFACE = 1
+"""The signatures of csrc/bindings.cpp that this module calls."""
+
+if find_spec("lrq_kernels._native") is None:
+    raise ImportError("the native extension is not built (LRQ_NATIVE=off, or no compiler when lrq was installed)")
+try:
+    from lrq_kernels import _native
+except ImportError as error:
+    raise ImportError(f"the native extension does not load: {error}") from error
+if getattr(_native, "interface", None) != INTERFACE:
+    raise ImportError("the native extension is of another version: install lrq again")
+if not _native.has_cuda:
+    unavailable("cuda", "this build has no CUDA part")
+
+from lrq_kernels.native import nvfp4  # noqa: E402, F401  (they need the extension that was looked for above)

@@ -1,0 +1,44 @@
+"""Where the memory of a call lies, and whether a native kernel can work on it there."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from lrq_kernels import _native
+
+
+@functools.cache
+def _device_refusal(index: int) -> str | None:
+    return _native.cuda_refusal(index) or None
+
+
+def with_contiguous_columns(x: Tensor) -> Tensor:
+    """``x``, or a copy of it where neighbours of a row are apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def on_cpu(*inputs: object) -> str | None:
+    """None, or which of the tensors is elsewhere."""
+    for x in inputs:
+        if isinstance(x, Tensor) and x.device.type != "cpu":
+            return f"takes tensors on the CPU, got one on {x.device.type}"
+    return None
+
+
+def on_cuda(*inputs: object) -> str | None:
+    """None, or why the CUDA kernels can't take these tensors."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    for x in tensors:
+        if not x.is_cuda:
+            return f"takes tensors on CUDA, got one on {x.device.type}"
+        if x.device != tensors[0].device:
+            return f"takes tensors on one device, got {tensors[0].device} and {x.device}"
+    return _device_refusal(tensors[0].device.index)
+
+
+def stream_of(x: Tensor) -> int:
+    """The current CUDA stream on the device of ``x``."""
+    return torch.cuda.current_stream(x.device).cuda_stream

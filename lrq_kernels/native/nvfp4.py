@@ -1,0 +1,41 @@
+"""NVFP4 in C++ and CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrq_kernels import _native
+from lrq_kernels.dispatch import kernel
+from lrq_kernels.native.memory import on_cpu, on_cuda, stream_of, with_contiguous_columns
+
+
+@kernel("quantize_nvfp4", backend="cpu", accepts=on_cpu)
+def quantize_nvfp4_cpu(
+    x: Tensor,
+    given_scale: Tensor | None,
+    coherence: float | None,
+    codes: Tensor,
+    block_scales: Tensor,
+    tensor_scale: Tensor,
+) -> None:
+    threads = torch.get_num_threads()
+    x = with_contiguous_columns(x)
+    _native.quantize_nvfp4_cpu(x, given_scale, coherence, codes, block_scales, tensor_scale, threads)
+
+
+if _native.has_cuda:
+
+    @kernel("quantize_nvfp4", backend="cuda", accepts=on_cuda)
+    def quantize_nvfp4_cuda(
+        x: Tensor,
+        given_scale: Tensor | None,
+        coherence: float | None,
+        codes: Tensor,
+        block_scales: Tensor,
+        tensor_scale: Tensor,
+    ) -> None:
+        x = with_contiguous_columns(x)
+        amax = torch.zeros_like(tensor_scale) if given_scale is None else None
+        stream = stream_of(x)
+        _native.quantize_nvfp4_cuda(x, given_scale, amax, coherence, codes, block_scales, tensor_scale, stream)
