@@ -100,6 +100,9 @@ class Rounding:
     max_k: int = _setting(1280, "Most directions.", minimum=1)
 
     plain_weight: float = field(default=1.0, metadata={"meaning": "λ, the weight of the plain error.", "flag": False})
+    spectrum: float = field(
+        default=0.0, metadata={"meaning": "p: a direction of singular value σ counts as σ^p.", "flag": False}
+    )
 
     def check(self) -> None:
         """Raise :class:`InputError` for a combination that has no meaning."""

@@ -252,3 +252,14 @@ def test_the_call_and_the_command_write_the_same_bytes(tmp_path):
     convert(source, tmp_path / "b", "--nvfp4")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert set(heard) == set(LAYERS) and summary.output_size == (tmp_path / "a").stat().st_size
+
+
+def test_a_quantized_source_with_the_header_entry_alone_verifies(tmp_path):
+    convert(save(tmp_path / "in", transformer()), tmp_path / "both", "--exclude-layers", "mlp")
+    both = load(tmp_path / "both")
+    for name in [name for name in both.tensors if name.endswith(".comfy_quant")]:
+        del both.tensors[name]
+    convert(save(tmp_path / "once", both.tensors, both.metadata), tmp_path / "twice", "--nvfp4")
+    assert both.stated.items() <= load(tmp_path / "twice").stated.items()
+    report = verify(tmp_path / "twice", tmp_path / "once")
+    assert report.ok, report.failures

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from lrq.cli.options import DashCommand, configuration_options
+from lrq.cli.options import DashCommand, OneLineGroup, configuration_options
 from lrq.errors import InputError, printable
 from lrq_kernels._version import __version__
 
@@ -54,7 +54,7 @@ def _guarded(work: Callable[[], Any]) -> Any:
             signal.signal(number, handler)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OneLineGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lrq")
 def main() -> None:
     """Turn safetensors checkpoints into FP8, INT8, NVFP4 or MXFP8 files that ComfyUI loads."""

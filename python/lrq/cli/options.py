@@ -24,9 +24,27 @@ class DashCommand(click.Command):
             raise _OneLine(error.format_message()) from None
 
 
+class OneLineGroup(click.Group):
+    """A group of commands whose usage errors are one line."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            raise _OneLine(f"{error.format_message()} Commands are {', '.join(self.list_commands(ctx))}") from None
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise _OneLine(error.format_message()) from None
+
+
 class _OneLine(click.UsageError):
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"error: {printable(self.message)}; see --help", file=file, err=True)
+        click.echo(f"error: {printable(self.message.rstrip('.'))}; see --help", file=file, err=True)
 
 
 def _spelled(arg: str, known: set[str]) -> str:

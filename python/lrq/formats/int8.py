@@ -66,5 +66,7 @@ class Int8(Scaled):
         weight, scale = tensors["weight"], tensors["weight_scale"]
         if marker["format"] == "int8_blockwise":
             return cls("block", block_side(weight, scale))
-        group = int(marker.get("convrot_groupsize", 256)) if marker.get("convrot") else 0
+        group = marker.get("convrot_groupsize", 256) if marker.get("convrot") else 0
+        if type(group) is not int:
+            raise ValueError(f"convrot_groupsize must be an integer, got {group!r}")
         return cls("row" if len(scale) == len(weight) else "tensor", 0, group)

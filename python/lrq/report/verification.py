@@ -62,7 +62,7 @@ def verify_file(
     """Check names, shapes, dtypes, markers, padding, finiteness, unchanged tensors; measure what error remains."""
     result = Verification()
     result.failures += _alignment(output)
-    markers, failures = _read_markers(output)
+    markers, failures = _read_markers(output, source)
     result.failures += failures
     result.failures += _unmarked(output, markers)
     settings = effective(Conversion(), output.header.metadata.get(PROVENANCE))
@@ -89,8 +89,13 @@ def _alignment(output: Reader) -> Iterator[str]:
             yield f"tensor {printable(entry.name)}: starts at an offset that is no multiple of its element size"
 
 
-def _read_markers(output: Reader) -> tuple[comfyui.Markers, list[str]]:
-    """Markers by layer, and where the two kinds disagree."""
+def _came_quantized(source: Reader | None, name: str) -> bool:
+    original = None if source is None else source.entries.get(f"{name}.weight")
+    return original is not None and original.dtype not in FLOAT_DTYPES
+
+
+def _read_markers(output: Reader, source: Reader | None) -> tuple[comfyui.Markers, list[str]]:
+    """Markers by layer, and where the two kinds disagree; a layer that came quantized keeps what it came with."""
     failures = []
     try:
         stated = comfyui.read_metadata_entry(output.header.metadata)
@@ -106,7 +111,7 @@ def _read_markers(output: Reader) -> tuple[comfyui.Markers, list[str]]:
         except ValueError as error:
             failures.append(f"layer {printable(name)}: its {comfyui.MARKER} {error}")
     for name in sorted(markers.keys() | stated.keys()):
-        if markers.get(name) != stated.get(name):
+        if markers.get(name) != stated.get(name) and not _came_quantized(source, name):
             there = "differs from" if name in markers and name in stated else "is missing from one of"
             failures.append(f"layer {printable(name)}: marker {there} {comfyui.MARKER} and {comfyui.METADATA}")
     return {**stated, **markers}, failures
@@ -128,7 +133,7 @@ def _check_layer(
     original = None if source is None else source.entries.get(f"{name}.weight")
     if source is not None and original is None:
         raise ValueError("the source has no such weight")
-    if original is not None and original.dtype not in FLOAT_DTYPES:
+    if original is not None and _came_quantized(source, name):
         # It came quantized, in whatever format; what counts is that its bytes are the source's.
         return LayerReport(name, str(marker.get("format")), original.shape, None)
     _check_dimensions(shapes.get("weight", (1, 1)))

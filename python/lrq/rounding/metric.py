@@ -13,7 +13,7 @@ class Metric:
     """A quadratic form over errors [N,K]; smaller is better."""
 
     right: Tensor
-    """V, float32 [K,k], orthonormal columns: the input directions that count more."""
+    """V, float32 [K,k], orthogonal columns: the input directions that count more, as long as they count."""
     plain_weight: float
     """λ, the weight of the plain error |E|^2."""
     left: Tensor | None = None
@@ -36,17 +36,23 @@ class Metric:
 
 
 def leading_directions(w: Tensor, count: int) -> Tensor:
-    """The ``count`` leading right singular vectors of w [N,K], as columns, in w's dtype (float32 or float64).
+    """The ``count`` leading right singular vectors of w [N,K], as columns, in w's dtype (float32 or float64)."""
+    return leading_subspace(w, count)[0]
+
+
+def leading_subspace(w: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` leading right singular vectors of w [N,K], as columns, and their singular values, rising.
 
     By the eigenvectors of the Gram matrix of the smaller side: exact, unlike a range finder, which misses a part of
     the subspace of heavy-tailed weights.
     """
     rows, columns = w.shape
-    if columns <= rows:
-        return torch.linalg.eigh(w.mT @ w).eigenvectors[:, -count:].contiguous()
-    left = torch.linalg.eigh(w @ w.mT).eigenvectors[:, -count:]
-    # W'u has length σ: QR makes the directions of tiny σ, whose lengths are noise, orthonormal as well.
-    return torch.linalg.qr(w.mT @ left).Q
+    squares, vectors = torch.linalg.eigh(w.mT @ w if columns <= rows else w @ w.mT)
+    values, vectors = squares[-count:].clamp(min=0).sqrt(), vectors[:, -count:].contiguous()
+    if columns > rows:
+        # W'u has length σ: QR makes the directions of tiny σ, whose lengths are noise, orthonormal as well.
+        vectors = torch.linalg.qr(w.mT @ vectors).Q
+    return vectors, values
 
 
 def subspace_size(shape: tuple[int, ...], top_p: float, min_k: int, max_k: int) -> int:
@@ -55,10 +61,15 @@ def subspace_size(shape: tuple[int, ...], top_p: float, min_k: int, max_k: int) 
     return max(1, min(max(int(top_p * smaller), min_k), max_k, smaller))
 
 
-def input_metric(w: Tensor, top_p: float, min_k: int, max_k: int, plain_weight: float) -> Metric:
-    """The default metric of a weight [N,K]: its own leading input directions, every output."""
+def input_metric(w: Tensor, top_p: float, min_k: int, max_k: int, plain_weight: float, spectrum: float) -> Metric:
+    """The default metric of a weight [N,K]: its own leading input directions, every output.
+
+    A direction of singular value σ counts as ``σ^spectrum``, scaled so that the mean square of these weights is 1.
+    """
     k = subspace_size(tuple(w.shape), top_p, min_k, max_k)
     largest = w.abs().amax()
     # The subspace does not depend on the weight's unit, the float32 range of its Gram matrix does.
-    scaled = w / torch.where(largest > 0, largest, 1.0)
-    return Metric(leading_directions(scaled, k), plain_weight)
+    directions, values = leading_subspace(w / torch.where(largest > 0, largest, 1.0), k)
+    weights = values.pow(spectrum)
+    norm = weights.square().mean().sqrt()
+    return Metric(directions * torch.where(norm > 0, weights / norm, 1.0), plain_weight)

@@ -65,7 +65,7 @@ def _each(scale: Tensor, count: int) -> list[Tensor]:
 def _learn(
     fmt: Format, w: Tensor, start: Tensor, scale: Tensor, rounding: Rounding, seed: int
 ) -> tuple[Tensor, Outcome]:
-    metric = input_metric(w, rounding.top_p, rounding.min_k, rounding.max_k, rounding.plain_weight)
+    metric = input_metric(w, rounding.top_p, rounding.min_k, rounding.max_k, rounding.plain_weight, rounding.spectrum)
     problem = Problem(w, scale, start, fmt.grid, metric, seed)
     return learn(problem, rounding)
 

@@ -45,6 +45,11 @@ def refuse(folder: Path, *args: object) -> str:
     return line
 
 
+@pytest.mark.parametrize("args", [("nosuchcommand",), ("--bogus",), ("convert", "--bogus"), ("convert",), ("verify",)])
+def test_usage_errors_are_one_line(args):
+    assert refused(run(*args)).endswith("; see --help")
+
+
 FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "the file is empty"),
     "text": (lambda: b"just some text\n" * 20, "not a safetensors file"),

@@ -26,7 +26,9 @@ LAYERS = {
 def problem_of(fmt: Format, w: Tensor, rounding: Rounding = Rounding(), left: Tensor | None = None) -> Problem:  # noqa: B008
     prepared = fmt.prepare(w)
     values, scale = fmt.expand(fmt.quantize(w, rounding.coherence), tuple(w.shape))
-    metric = input_metric(prepared, rounding.top_p, rounding.min_k, rounding.max_k, rounding.plain_weight)
+    metric = input_metric(
+        prepared, rounding.top_p, rounding.min_k, rounding.max_k, rounding.plain_weight, rounding.spectrum
+    )
     return Problem(prepared, scale, values, fmt.grid, Metric(metric.right, metric.plain_weight, left), seed=1)
 
 
