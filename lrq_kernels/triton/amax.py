@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrq_kernels.triton.arithmetic import widen
+
 _ROWS, _COLUMNS = 16, 256
 _PROGRAMS = 2048
 
@@ -23,7 +25,7 @@ def amax_kernel(
         row = (tile // column_tiles) * ROWS + tl.arange(0, ROWS)[:, None]
         column = (tile % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         inside = (row < rows) & (column < columns)
-        values = tl.load(x + row.to(tl.int64) * row_stride + column, inside, 0.0).to(tl.float32)
+        values = widen(tl.load(x + row.to(tl.int64) * row_stride + column, inside, 0.0))
         best = tl.maximum(best, tl.abs(values).to(tl.int32, bitcast=True))
         tile += tl.num_programs(0)
     tl.atomic_max(bits + batch, tl.max(best), sem="relaxed")

@@ -5,6 +5,15 @@ import triton.language as tl
 
 
 @triton.jit
+def widen(x):
+    """float32 values of float32, bfloat16 or float16."""
+    if x.dtype == tl.bfloat16:
+        # What the GPU does; the interpreter's own conversion of subnormals is wrong.
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def largest(t):
     """Maximum of 16 tensors."""
     a = tl.maximum(tl.maximum(tl.maximum(t[0], t[1]), tl.maximum(t[2], t[3])), tl.maximum(t[4], t[5]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrq_kernels.dispatch import kernel
 from lrq_kernels.triton.amax import amax_bits
-from lrq_kernels.triton.arithmetic import largest, split_blocks
+from lrq_kernels.triton.arithmetic import largest, split_blocks, widen
 from lrq_kernels.triton.minifloat import MAX_E2M1, MAX_E4M3, decode_e4m3, encode_e4m3, pack_e2m1
 from lrq_kernels.triton.search import best_scales
 
@@ -59,7 +59,7 @@ def quantize_kernel(
     column = column_tile * 64 + tl.arange(0, 64)
     source = x + batch.to(tl.int64) * batch_stride + row.to(tl.int64)[:, None] * row_stride + column[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    weights = split_blocks(tl.load(source, inside, 0.0).to(tl.float32), ROWS * 4)
+    weights = split_blocks(widen(tl.load(source, inside, 0.0)), ROWS * 4)
     magnitudes = [tl.abs(w) for w in weights]
     amax = largest(magnitudes)
     ratio = tl.minimum(tl.div_rn(tl.div_rn(amax, MAX_E2M1), outer), MAX_E4M3)
