@@ -1,128 +1,127 @@
-"""Speed of the kernels: every backend and shape, µs, GB/s of ideal bytes and share of the copy bandwidth of this run.
+"""Speed of the kernels: every operation, backend and shape, and peers beside them, in one run.
 
-    python benchmarks/bench_kernels.py [--device cuda] [--json benchmarks/results/kernels-h200.json]
+    python benchmarks/bench_kernels.py [--device cuda] [--json benchmarks/results/kernels-h200.json] [--only NVFP4]
 
-Ideal bytes: the weight read once, codes and scales written once. Inputs rotate beyond the L2 cache. The bits of each
-kernel are compared with the reference before it is timed.
+µs of the GPU alone (a CUDA graph is replayed, so that no launch is waited for), GB/s of ideal bytes (inputs read once, outputs
+written once) and their share of the bandwidth of a copy of 1 GiB in the same run (CPU: of a copy of the same bytes).
+Inputs and outputs rotate beyond the caches. The bits of each kernel are compared with the reference before it is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import lrq_kernels
+from kernel_cases import Case, Run, cases, peer
 from lrq_kernels.dispatch import BACKENDS, refusal
-from measure import copy_bandwidth, machine, median_seconds
+from measure import call_microseconds, copy_bandwidth, machine, seconds_of
 
 ROTATE_BYTES = 200e6
-Run = Callable[[Tensor, Tensor], object]
-Samples = list[tuple[Tensor, Tensor]]
-CASES: dict[str, Run] = {
-    "quantize_nvfp4, scale given": lambda x, scale: lrq_kernels.quantize_nvfp4(x, scale),
-    "quantize_nvfp4": lambda x, scale: lrq_kernels.quantize_nvfp4(x),
-    "quantize_nvfp4, best scales": lambda x, scale: lrq_kernels.quantize_nvfp4(x, scale, 4.0),
-}
 SHAPES = {"cuda": [(3072, 3072), (14336, 4096), (18432, 5120), (64, 1024, 1024)], "cpu": [(3072, 3072)]}
+Row = dict[str, object]
 
 
-def peer(x: Tensor, scale: Tensor) -> object:
-    """comfy-kitchen's best backend for the same work, or None where it is not installed."""
-    import comfy_kitchen
-
-    return comfy_kitchen.quantize_nvfp4(x, scale)
-
-
-def inputs(shape: tuple[int, ...], device: torch.device) -> Samples:
-    """Weights of bf16 with their tensor scales, enough to be more than the caches hold."""
-    one = torch.Size(shape).numel() * 2
-    found = []
-    for seed in range(max(2, round(ROTATE_BYTES / one)) if device.type == "cuda" else 2):
-        generator = torch.Generator(device).manual_seed(seed)
-        x = (torch.randn(*shape, generator=generator, device=device) * 0.02).bfloat16()
-        found.append((x, lrq_kernels.amax(x) / (448 * 6)))
-    return found
+def weights(shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """bf16 weights, together more than the caches hold."""
+    count = max(2, round(ROTATE_BYTES / (torch.Size(shape).numel() * 2))) if device.type == "cuda" else 2
+    generators = [torch.Generator(device).manual_seed(seed) for seed in range(count)]
+    return [(torch.randn(*shape, generator=g, device=device) * 0.02).bfloat16() for g in generators]
 
 
-def ideal_bytes(x: Tensor) -> int:
-    outputs = lrq_kernels.quantize_nvfp4(x.to("meta"))
-    return sum(t.numel() * t.element_size() for t in (x, *outputs))
+def tensors(found: object) -> list[Tensor]:
+    return [t for t in (found if isinstance(found, tuple) else (found,)) if isinstance(t, Tensor)]
 
 
-def same_bits(run: Callable[[], Any], backend: str) -> bool:
+def same_bits(run: Run, backend: str) -> bool:
     results = []
     for chosen in (backend, "reference"):
         with lrq_kernels.use_backend(chosen):
-            results.append([t.contiguous().reshape(-1).view(torch.uint8) for t in run()])
+            results.append([t.contiguous().reshape(-1).view(torch.uint8) for t in tensors(run())])
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def bench(device: torch.device, repeats: int) -> list[dict[str, object]]:
-    bandwidth = copy_bandwidth(device)
-    print(f"{machine(device)}\ncopy bandwidth {bandwidth / 1e9:.0f} GB/s")
-    rows: list[dict[str, object]] = [{"copy_gb_s": bandwidth / 1e9}]
-    for shape in SHAPES[device.type]:
-        samples = inputs(shape, device)
-        for name, run in CASES.items():
-            for backend in BACKENDS:
-                if refusal("quantize_nvfp4", backend, (*samples[0], None)) is None:
-                    rows.append(time_backend(name, run, backend, samples, bandwidth, repeats))
-        rows += time_peer(samples, bandwidth, repeats)
-    return rows
+class Bench:
+    """Collects and prints the rows of one device."""
 
+    def __init__(self, device: torch.device, compare_all: bool) -> None:
+        self.device, self.compare_all = device, compare_all
+        self.bandwidth = copy_bandwidth(device)
+        self.rows: list[Row] = [{"copy_gb_s": self.bandwidth / 1e9}]
+        print(f"{machine(device)}\ncopy bandwidth {self.bandwidth / 1e9:.0f} GB/s")
 
-def time_backend(name: str, run: Run, backend: str, samples: Samples, bandwidth: float, repeats: int) -> dict:
-    bits = same_bits(lambda: run(*samples[0]), backend)
-    if backend == "reference":
-        repeats = min(repeats, 3)
-    with lrq_kernels.use_backend(backend):
-        device = samples[0][0].device
-        seconds = median_seconds(lambda i: run(*samples[i % len(samples)]), device, repeats)
-    return row(name, samples[0][0], backend, seconds, bandwidth, bits)
+    def case(self, case: Case, samples: list[Tensor], first: bool) -> None:
+        """Time every backend and peer that can do it; ``first``: the shape at which the slow reference is timed too."""
+        arguments = [case.arguments(x) for x in samples]
+        operation = getattr(lrq_kernels, case.operation)
+        runs = [partial(operation, *args) for args in arguments]
+        size = sum(t.numel() * t.element_size() for t in (*tensors(arguments[0]), *tensors(runs[0]())))
+        for backend in BACKENDS:
+            slow = backend == "reference"
+            if refusal(case.operation, backend, arguments[0]) is not None or (slow and not first):
+                continue
+            bits = None if slow or not (first or self.compare_all) else same_bits(runs[0], backend)
+            with lrq_kernels.use_backend(backend):
+                self.add(case, samples[0], backend, runs[:2] if slow else runs, size, bits)
+        for name in case.peers:
+            try:
+                calls = [peer(name, args) for args in arguments]
+                calls[0]()
+            except Exception as error:  # whatever a peer does, the benchmark goes on and says so
+                print(f"{case.name:30} {name}: {type(error).__name__}: {str(error).partition(chr(10))[0][:80]}")
+                continue
+            self.add(case, samples[0], name, calls, size, None)
 
+    def add(self, case: Case, x: Tensor, who: str, runs: list[Run], size: int, bits: bool | None) -> None:
+        """Time ``runs``, the same work on different memory."""
+        seconds = seconds_of(runs, self.device)
+        shape = "x".join(map(str, x.shape))
+        bandwidth = self.bandwidth if self.device.type == "cuda" else copy_bandwidth(self.device, size // 2)
+        percent = 100 * size / seconds / bandwidth
+        row = {"case": case.name, "shape": shape, "who": who, "us": seconds * 1e6, "gb_s": size / seconds / 1e9}
+        self.rows.append({**row, "percent_of_copy": percent, "same_bits_as_reference": bits})
+        verdict = "" if bits is None else "bits equal" if bits else "BITS DIFFER"
+        print(
+            f"{case.name:30} {shape:14} {who:22} {seconds * 1e6:10.1f} us {size / seconds / 1e9:8.1f} GB/s"
+            f" {percent:6.1f} %  {verdict}",
+            flush=True,
+        )
 
-def time_peer(samples: Samples, bandwidth: float, repeats: int) -> list[dict]:
-    try:
-        peer(*samples[0])
-    except Exception as error:  # whatever a peer does, the benchmark goes on and says so
-        print(f"comfy-kitchen: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-        return []
-    seconds = median_seconds(lambda i: peer(*samples[i % len(samples)]), samples[0][0].device, repeats)
-    return [row("quantize_nvfp4, scale given", samples[0][0], "comfy-kitchen", seconds, bandwidth, None)]
-
-
-def row(name: str, x: Tensor, backend: str, seconds: float, bandwidth: float, bits: bool | None) -> dict:
-    shape, size = tuple(x.shape), ideal_bytes(x)
-    found = {
-        "case": name,
-        "shape": list(shape),
-        "backend": backend,
-        "us": seconds * 1e6,
-        "gb_s": size / seconds / 1e9,
-        "percent_of_copy": 100 * size / seconds / bandwidth,
-        "same_bits_as_reference": bits,
-    }
-    print(
-        f"{name:30} {'x'.join(map(str, shape)):14} {backend:14} {found['us']:10.1f} us {found['gb_s']:8.1f} GB/s"
-        f" {found['percent_of_copy']:6.1f} %  {'' if bits is None else 'bits equal' if bits else 'BITS DIFFER'}",
-        flush=True,
-    )
-    return found
+    def overhead(self) -> None:
+        """What a call costs the host: tiny inputs, nothing waited for."""
+        x = torch.randn(16, 64, device=self.device)
+        scale = torch.tensor(0.1, device=self.device)
+        found = {
+            "torch.neg": call_microseconds(partial(torch.neg, x), self.device),
+            "quantize_nvfp4": call_microseconds(partial(lrq_kernels.quantize_nvfp4, x, scale), self.device),
+            "quantize_nvfp4, bound": call_microseconds(lrq_kernels.bind("quantize_nvfp4", x, scale), self.device),
+        }
+        self.rows.append({"host_us_per_call": found})
+        print("host us per call:", "  ".join(f"{name} {us:.1f}" for name, us in found.items()))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--only", default="", help="part of the names of the cases to run")
+    parser.add_argument("--shapes", type=int, default=4, help="so many of the shapes")
+    parser.add_argument(
+        "--compare-all", action="store_true", help="compare the bits at every shape, not only the first"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    chosen = torch.device(options.device)
-    results = bench(chosen, options.repeats if chosen.type == "cuda" else min(options.repeats, 5))
+    bench = Bench(torch.device(options.device), options.compare_all)
+    bench.overhead()
+    for i, shape in enumerate(SHAPES[bench.device.type][: options.shapes]):
+        matrices = weights(shape, bench.device)
+        for case in cases():
+            if options.only.lower() in case.name.lower():
+                bench.case(case, matrices, first=i == 0)
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(chosen), "results": results}, indent=1) + "\n")
+        results = {"machine": machine(bench.device), "results": bench.rows}
+        options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -14,34 +15,74 @@ import torch
 COPY_BYTES = 1 << 30
 
 
-def median_seconds(run: Callable[[int], object], device: torch.device, repeats: int) -> float:
-    """Median time of ``run(i)``; i counts the calls, so that inputs can be rotated beyond the caches."""
-    for i in range(3):
-        run(i)
-    times = []
+def seconds_of(runs: list[Callable[[], object]], device: torch.device, repeats: int = 20) -> float:
+    """Median time of one of ``runs``, which do the same work on different memory, beyond the caches together."""
+    if device.type != "cuda":
+        return statistics.median(_timed(run) for run in runs * (1 + 4 // len(runs)))
+    for run in runs[:3]:
+        run()
+    torch.cuda.synchronize(device)
+    try:
+        replay = _captured(runs)
+    except RuntimeError:  # what can't be captured is timed as it is launched
+        replay = partial(_all, runs)
+    for _ in range(2):
+        replay()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        replay()
+        end.record()
+    torch.cuda.synchronize(device)
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3 / len(runs)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    run()
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _all(runs: list[Callable[[], object]]) -> list[object]:
+    # The results are held together, so that no memory is written twice.
+    return [run() for run in runs]
+
+
+def _captured(runs: list[Callable[[], object]]) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = _all(runs)
+
+    def replay() -> object:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def call_microseconds(run: Callable[[], object], device: torch.device, calls: int = 500) -> float:
+    """Time of the host per call, median of 9 runs of so many calls."""
+    found = []
+    for _ in range(10):
+        _wait(device)
+        started = time.perf_counter()
+        for _ in range(calls):
+            run()
+        found.append((time.perf_counter() - started) / calls * 1e6)
+    return statistics.median(found[1:])
+
+
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
         torch.cuda.synchronize(device)
-        for i, (start, end) in enumerate(events):
-            start.record()
-            run(i)
-            end.record()
-        torch.cuda.synchronize(device)
-        times = [start.elapsed_time(end) / 1e3 for start, end in events]
-    else:
-        for i in range(repeats):
-            started = time.perf_counter()
-            run(i)
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read plus bytes written a second, copying 1 GiB."""
-    source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device=device)
+def copy_bandwidth(device: torch.device, size: int = COPY_BYTES) -> float:
+    """Bytes read plus bytes written a second, copying ``size`` bytes."""
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    repeats = 30 if device.type == "cuda" else 5
-    return 2 * COPY_BYTES / median_seconds(lambda _: target.copy_(source), device, repeats)
+    return 2 * size / seconds_of([lambda: target.copy_(source)] * 5, device)
 
 
 def machine(device: torch.device) -> dict[str, str]:

@@ -28,7 +28,7 @@ OPERATIONS = {
 """Name of every operation and the module of its contract, the same file name in ``ops``, ``reference``, ``triton``
 and ``csrc``."""
 
-_DISPATCH = ("use_backend", "explain", "backends")
+_DISPATCH = ("use_backend", "explain", "backends", "bind")
 
 __all__ = [*OPERATIONS, *_DISPATCH]
 

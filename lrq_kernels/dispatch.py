@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import lrq_kernels
 from lrq_kernels import OPERATIONS
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -112,8 +114,57 @@ def choose(operation: str, args: tuple[Any, ...]) -> str:
 
 
 def call(operation: str, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
-    """Fill ``outputs`` with the chosen kernel."""
-    _kernels[operation, choose(operation, inputs)].run(*inputs, *outputs)
+    """Fill ``outputs`` with the chosen kernel.
+
+    Raises:
+        RuntimeError: the kernel failed; the message names the operation and the backend.
+    """
+    _run(operation, choose(operation, inputs), inputs, outputs)
+
+
+def _run(operation: str, backend: str, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+    try:
+        _kernels[operation, backend].run(*inputs, *outputs)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Callers who make room and try again tell torch.OutOfMemoryError by its type.
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise RuntimeError(f"{operation}: the {backend} kernel failed: {error}") from error
+
+
+class Bound:
+    """An operation tied to its tensors: every call fills ``outputs`` anew from what the inputs then hold.
+
+    For loops and CUDA graphs: arguments were checked, the backend chosen and the outputs allocated once.
+    """
+
+    def __init__(self, operation: str, backend: str, inputs: tuple[Any, ...], outputs: Any) -> None:
+        self.operation, self.backend, self.outputs = operation, backend, outputs
+        self._inputs = inputs
+        self._filled = outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def __call__(self) -> Any:
+        _run(self.operation, self.backend, self._inputs, self._filled)
+        return self.outputs
+
+
+def bind(operation: str, *args: Any, **kwargs: Any) -> Bound:
+    """Tie ``operation`` to its arguments: check them, choose the backend and allocate the outputs now, compute later.
+
+    Example: ``quantize = lrq_kernels.bind("quantize_nvfp4", w)``, then ``quantize()`` as often as ``w`` changes in place.
+
+    Raises:
+        ValueError, TypeError: as the operation does.
+        RuntimeError: no backend takes these inputs.
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation {operation!r} does not exist; choose one of {', '.join(OPERATIONS)}")
+    contract = getattr(lrq_kernels, operation).__wrapped__
+    arguments = inspect.signature(contract).bind(*args, **kwargs)
+    arguments.apply_defaults()
+    return Bound(operation, choose(operation, arguments.args), arguments.args, contract(*arguments.args))
 
 
 @contextlib.contextmanager

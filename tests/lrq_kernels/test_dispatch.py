@@ -65,8 +65,36 @@ def test_a_failing_kernel_raises_and_nothing_else_runs(monkeypatch: pytest.Monke
         raise ArithmeticError("broken")
 
     monkeypatch.setitem(dispatch._kernels, ("amax", "reference"), dispatch.Kernel(fails, dispatch.accepts_all))
-    with lrq_kernels.use_backend("reference"), pytest.raises(ArithmeticError, match="broken"):
+    message = "amax: the reference kernel failed: broken"
+    with lrq_kernels.use_backend("reference"), pytest.raises(RuntimeError, match=message) as caught:
         lrq_kernels.amax(W)
+    assert isinstance(caught.value.__cause__, ArithmeticError)
+
+
+def test_out_of_memory_keeps_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setitem(dispatch._kernels, ("amax", "reference"), dispatch.Kernel(fails, dispatch.accepts_all))
+    with lrq_kernels.use_backend("reference"), pytest.raises(torch.OutOfMemoryError):
+        lrq_kernels.amax(W)
+
+
+def test_bound_operation_follows_its_input() -> None:
+    w = torch.randn(32, 48)
+    quantize = lrq_kernels.bind("quantize_nvfp4", w, coherence=4.0)
+    assert quantize.backend == dispatch.choose("quantize_nvfp4", (w, None, 4.0))
+    for seed in range(2):
+        w.copy_(torch.randn(32, 48, generator=torch.Generator().manual_seed(seed)))
+        memory = [t.data_ptr() for t in quantize.outputs]
+        found, expected = quantize(), lrq_kernels.quantize_nvfp4(w, coherence=4.0)
+        assert [t.data_ptr() for t in found] == memory
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    with pytest.raises(ValueError, match="coherence must not be negative"):
+        lrq_kernels.bind("quantize_nvfp4", w, coherence=-1.0)
+    with pytest.raises(ValueError, match="does not exist"):
+        lrq_kernels.bind("quantise", w)
 
 
 @pytest.mark.parametrize("statement", ["import lrq_kernels", "import lrq", "import lrq.cli"])
