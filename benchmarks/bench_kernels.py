@@ -2,7 +2,7 @@
 
     python benchmarks/bench_kernels.py [--device cuda] [--json benchmarks/results/kernels-h200.json] [--only NVFP4]
 
-µs of the GPU alone (a CUDA graph is replayed, so that no launch is waited for), GB/s of ideal bytes (inputs read once, outputs
+µs of the GPU alone (a CUDA graph is replayed: no launch is waited for), GB/s of ideal bytes (inputs read once, outputs
 written once) and their share of the bandwidth of a copy of 1 GiB in the same run (CPU: of a copy of the same bytes).
 Inputs and outputs rotate beyond the caches. The bits of each kernel are compared with the reference before it is timed.
 """

@@ -4,6 +4,7 @@
 
 #include "../kernels.h"
 #include "../layout.h"
+#include "block16.h"
 #include "launch.h"
 #include "load.h"
 
@@ -18,8 +19,11 @@ constexpr char kOperation[] = "quantize_nvfp4";
 constexpr int kWarp = 32;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-// A tile of scales is shared by so many thread blocks.
-constexpr int kShares = kTile / kThreads;
+// Tiles of scales that the 32 blocks of a warp cover.
+constexpr int kSpanTiles = kWarp / nvfp4::kTileColumns;
+// 128 bytes in flight for every thread.
+template <class T>
+constexpr int kRowsOf = 8 / sizeof(T);
 constexpr int64_t kMaxGridY = 65535;
 constexpr int64_t kMaxGridX = 0x7fffffff;
 // Enough thread blocks to fill any GPU; each then takes several rows, and the atomics stay few.
@@ -45,66 +49,121 @@ __global__ void __launch_bounds__(kThreads) amax_kernel(Layout layout, bool alig
     }
 }
 
-__device__ __forceinline__ uint2 encode_block(const float (&block)[kBlock], float total) {
+// By division: scales of any size.
+template <class T>
+__device__ __noinline__ uint2 divided_codes(const Block16<T> block, float scale) {
     uint32_t words[2] = {0, 0};
-    if (total != 0.0f) {
+    if (scale != 0.0f) {
 #pragma unroll
-        for (int i = 0; i < kBlock / 2; ++i) {
-            const uint32_t byte = encode_e2m1x2(divide(block[2 * i], total), divide(block[2 * i + 1], total));
-            words[i / 4] |= byte << 8 * (i % 4);
+        for (int i = 0; i < kBlock; i += 2) {
+            const float2 two = block.pair(i);
+            words[i / 8] |= encode_e2m1x2(divide(two.x, scale), divide(two.y, scale)) << 4 * (i % 8);
         }
     }
     return make_uint2(words[0], words[1]);
 }
 
-// A thread holds one block of 16 and owns one byte of the swizzled scales, padding included: neighbours write
-// neighbouring bytes, four blocks of a row fill whole sectors of codes, and nothing is shared or cleared before.
-template <class T, bool kSearch>
-__global__ void __launch_bounds__(kThreads)
-    quantize_kernel(Layout layout, bool aligned, const float* amax, float coherence) {
-    const uint32_t tile = blockIdx.x / kShares;
-    const uint32_t tile_columns = static_cast<uint32_t>(layout.column_tiles);
-    const uint32_t tile_row = tile / tile_columns;
-    const uint32_t place = blockIdx.x % kShares * kThreads + threadIdx.x;
-    const int64_t row = int64_t{tile_row} * nvfp4::kTileRows + place / 4 % 4 * 32 + place / 16;
-    const int64_t b = int64_t{tile - tile_row * tile_columns} * nvfp4::kTileColumns + place % 4;
-    const int64_t scales = layout.row_tiles * layout.column_tiles * kTile;
-
-    for (int64_t matrix = blockIdx.y; matrix < layout.x.batch; matrix += gridDim.y) {
-        const float tensor_scale =
-            layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(amax[matrix]);
-        if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = tensor_scale;
-        uint32_t scale = 0;
-        if (row < layout.code_rows && b < layout.blocks) {
-            uint2 codes = make_uint2(0, 0);
-            if (row < layout.x.rows) {
-                const int64_t offset = matrix * layout.x.batch_stride + row * layout.x.row_stride;
-                float block[kBlock];
-                load_block(static_cast<const T*>(layout.x.data) + offset, b * kBlock, layout.x.columns, aligned, block);
-                const float most = largest(block);
-                scale = kSearch ? nvfp4::best_scale(block, most, tensor_scale, coherence)
-                                : nvfp4::ruled_scale(most, tensor_scale);
-                codes = encode_block(block, tensor_scale * decode_e4m3(scale));
-            }
-            reinterpret_cast<uint2*>(layout.codes)[(matrix * layout.code_rows + row) * layout.blocks + b] = codes;
-        }
-        layout.scales[matrix * scales + int64_t{tile} * kTile + place] = static_cast<uint8_t>(scale);
+// The scale of the rule, and the codes; small blocks, saturated scales and odd tensor scales take the division.
+template <class T>
+__device__ __forceinline__ uint2 quantize_by_rule(const Block16<T>& block, const Quotient& by_outer, float outer,
+                                                  uint32_t& scale) {
+    const float most = block.amax();
+    const float ratio = by_outer(Quotient(kE2M1Max, 1.0f / kE2M1Max)(most));
+    if (by_outer.safe() && most > 0x1p-60f && ratio >= 0x1p-6f && ratio <= kE4M3Max) {
+        scale = encode_e4m3(ratio);
+        // The scale is rounded by at most a sixteenth: no weight reaches 7.
+        return encode_e2m1x16<false>(block, outer * decode_e4m3(scale));
     }
+    scale = nvfp4::ruled_scale(most, outer);
+    return divided_codes(block, outer * decode_e4m3(scale));
 }
 
 template <class T>
-void run(const Layout& layout, float* amax, std::optional<double> coherence, uintptr_t stream) {
+__device__ __forceinline__ uint2 quantize_by_search(const Block16<T>& block, float outer, float coherence,
+                                                    uint32_t& scale) {
+    float weights[kBlock];
+#pragma unroll
+    for (int i = 0; i < kBlock; i += 2) {
+        const float2 two = block.pair(i);
+        weights[i] = two.x, weights[i + 1] = two.y;
+    }
+    scale = nvfp4::best_scale(weights, block.amax(), outer, coherence);
+    const float total = outer * decode_e4m3(scale);
+    return total > 0x1p-80f && total < 0x1p80f ? encode_e2m1x16<true>(block, total) : divided_codes(block, total);
+}
+
+// A warp takes 32 neighbouring blocks of a row, a thread kRows rows with all of their loads in flight, and the four
+// warps the rows r, r + 32, r + 64 and r + 96: together 16 neighbouring bytes of the swizzled scales.
+template <class T, bool kSearch>
+__global__ void __launch_bounds__(kThreads, kSearch ? 5 : 7)
+    quantize_kernel(Layout layout, uint32_t spans, bool aligned, const float* amax, float coherence) {
+    constexpr int kRows = kSearch ? 1 : kRowsOf<T>;
+    constexpr int kShares = 32 / kRows;
+    __shared__ uint4 staged[kSpanTiles][kRows];
+    const uint32_t span = blockIdx.x % spans, share = blockIdx.x / spans % kShares;
+    const int64_t tile_row = blockIdx.x / spans / kShares;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int64_t first_row = tile_row * nvfp4::kTileRows + warp * 32 + share * kRows;
+    const int64_t b = int64_t{span} * kWarp + lane;
+
+    for (int64_t matrix = blockIdx.y; matrix < layout.x.batch; matrix += gridDim.y) {
+        const float outer =
+            layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(amax[matrix]);
+        if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = outer;
+        const Quotient by_outer(outer);
+        const T* const x = static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride;
+        uint2* const codes = reinterpret_cast<uint2*>(layout.codes) + matrix * layout.code_rows * layout.blocks + b;
+
+        Block16<T> blocks[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+            if (b < layout.blocks && first_row + i < layout.x.rows)
+                blocks[i].load(x + (first_row + i) * layout.x.row_stride, b * kBlock, layout.x.columns, aligned);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            const int64_t row = first_row + i;
+            uint32_t scale = 0;
+            if (b < layout.blocks && row < layout.code_rows) {
+                uint2 found = make_uint2(0, 0);
+                if (row < layout.x.rows)
+                    found = kSearch ? quantize_by_search(blocks[i], outer, coherence, scale)
+                                    : quantize_by_rule(blocks[i], by_outer, outer, scale);
+                codes[row * layout.blocks] = found;
+            }
+            reinterpret_cast<uint8_t*>(&staged[lane / 4][i])[warp * 4 + lane % 4] = static_cast<uint8_t>(scale);
+        }
+        __syncthreads();
+        const int64_t tile = int64_t{span} * kSpanTiles + threadIdx.x / kRows;
+        if (threadIdx.x < kSpanTiles * kRows && tile < layout.column_tiles) {
+            const int64_t place = (matrix * layout.row_tiles + tile_row) * layout.column_tiles + tile;
+            uint4* const target = reinterpret_cast<uint4*>(layout.scales + place * kTile) + share * kRows;
+            target[threadIdx.x % kRows] = staged[threadIdx.x / kRows][threadIdx.x % kRows];
+        }
+        __syncthreads();
+    }
+}
+
+template <class T, bool kSearch>
+void run(const Layout& layout, float* amax, float coherence, uintptr_t stream) {
     const bool aligned = is_aligned<T>(layout.x);
     const unsigned matrices = static_cast<unsigned>(std::min(layout.x.batch, kMaxGridY));
     if (!layout.given_scale) {
         const auto blocks = static_cast<unsigned>(std::min((layout.x.rows + kWarps - 1) / kWarps, kAmaxBlocks));
         launch(kOperation, amax_kernel<T>, dim3(blocks, matrices), dim3(kThreads), stream, layout, aligned, amax);
     }
-    const int64_t blocks = layout.row_tiles * layout.column_tiles * kShares;
+    const int64_t spans = (layout.column_tiles + kSpanTiles - 1) / kSpanTiles;
+    const int64_t blocks = layout.row_tiles * (kSearch ? 32 : 32 / kRowsOf<T>)*spans;
     require(blocks <= kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
-    const auto kernel = coherence ? quantize_kernel<T, true> : quantize_kernel<T, false>;
-    launch(kOperation, kernel, dim3(static_cast<unsigned>(blocks), matrices), dim3(kThreads), stream, layout, aligned,
-           amax, static_cast<float>(coherence.value_or(0.0)));
+    launch(kOperation, quantize_kernel<T, kSearch>, dim3(static_cast<unsigned>(blocks), matrices), dim3(kThreads),
+           stream, layout, static_cast<uint32_t>(spans), aligned, amax, coherence);
+}
+
+template <class T>
+void run(const Layout& layout, float* amax, std::optional<double> coherence, uintptr_t stream) {
+    if (coherence)
+        run<T, true>(layout, amax, static_cast<float>(*coherence), stream);
+    else
+        run<T, false>(layout, amax, 0.0f, stream);
 }
 
 }  // namespace

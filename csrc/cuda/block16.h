@@ -1,0 +1,175 @@
+// A thread's 16 weights as they lie in memory, and their E2M1 codes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "../quotient.h"
+#include "load.h"
+
+namespace lrq::cuda {
+
+// Words of 32 bits: two weights of 16 bits, or one of 32.
+template <class T>
+struct Block16 {
+    static constexpr int kWords = 16 * sizeof(T) / sizeof(uint32_t);
+    uint32_t words[kWords];
+
+    // What lies beyond the matrix is zero.
+    __device__ __forceinline__ void load(const T* row, int64_t first, int64_t columns, bool aligned) {
+        if (aligned && first + 16 <= columns) {
+            const uint4* const source = reinterpret_cast<const uint4*>(row + first);
+#pragma unroll
+            for (int i = 0; i < kWords / 4; ++i) {
+                const uint4 loaded = __ldg(source + i);
+                words[4 * i] = loaded.x, words[4 * i + 1] = loaded.y;
+                words[4 * i + 2] = loaded.z, words[4 * i + 3] = loaded.w;
+            }
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            const uint32_t bits = first + i < columns ? bits_of(row[first + i]) : 0;
+            if constexpr (sizeof(T) == 4)
+                words[i] = bits;
+            else if (i % 2)
+                words[i / 2] |= bits << 16;
+            else
+                words[i / 2] = bits;
+        }
+    }
+
+    // Weights i and i + 1, i even.
+    __device__ __forceinline__ float2 pair(int i) const {
+        float two[2];
+        if constexpr (sizeof(T) == 4) {
+            two[0] = __uint_as_float(words[i]), two[1] = __uint_as_float(words[i + 1]);
+        } else {
+            unpack(words[i / 2], two, T{});
+        }
+        return make_float2(two[0], two[1]);
+    }
+
+    __device__ __forceinline__ float amax() const;
+
+  private:
+    static __device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
+    static __device__ __forceinline__ uint32_t bits_of(BFloat16 value) { return value.bits; }
+    static __device__ __forceinline__ uint32_t bits_of(Float16 value) { return value.bits; }
+};
+
+template <>
+__device__ __forceinline__ float Block16<float>::amax() const {
+    float most = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) most = fmaxf(most, fabsf(__uint_as_float(words[i])));
+    return most;
+}
+
+// Two weights at once: max(|w|) = max(max(w), -min(w)).
+template <class Pair>
+__device__ __forceinline__ Pair amax_pairs(const uint32_t (&words)[8]) {
+    const auto pair = [&](int i) { return *reinterpret_cast<const Pair*>(&words[i]); };
+    Pair high = __hmax2(__hmax2(pair(0), pair(1)), pair(2)), low = __hmin2(__hmin2(pair(0), pair(1)), pair(2));
+    high = __hmax2(__hmax2(high, __hmax2(__hmax2(pair(3), pair(4)), pair(5))), __hmax2(pair(6), pair(7)));
+    low = __hmin2(__hmin2(low, __hmin2(__hmin2(pair(3), pair(4)), pair(5))), __hmin2(pair(6), pair(7)));
+    return __hmax2(high, __hneg2(low));
+}
+
+template <>
+__device__ __forceinline__ float Block16<BFloat16>::amax() const {
+    const float2 most = __bfloat1622float2(amax_pairs<__nv_bfloat162>(words));
+    return fmaxf(fabsf(most.x), fabsf(most.y));
+}
+
+template <>
+__device__ __forceinline__ float Block16<Float16>::amax() const {
+    const float2 most = __half22float2(amax_pairs<__half2>(words));
+    return fmaxf(fabsf(most.x), fabsf(most.y));
+}
+
+// 0x4b000000 plus the code of the magnitude: one of the sums is the smallest in each range of the exponent. Values from
+// 7 on saturate only where `kSaturate`.
+template <bool kSaturate>
+__device__ __forceinline__ uint32_t biased_e2m1(float value) {
+    const float wide = fabsf(value);
+    const int fine = __float_as_int(__fmaf_rn(wide, 2.0f, 0x1p23f));
+    const int middle = __float_as_int(wide + (0x1p23f + 2.0f));
+    const int coarse = __float_as_int(__fmaf_rn(wide, 0.5f, 0x1p23f + 4.0f));
+    const int least = __vimin3_s32(fine, middle, coarse);
+    return kSaturate ? min(least, 0x4b000007) : least;
+}
+
+// Bits 3 of eight nibbles: the signs of eight weights from word `first` on.
+template <class T>
+__device__ __forceinline__ uint32_t signs_of(const Block16<T>& block, int first) {
+    const uint32_t* const words = block.words + first;
+    if constexpr (sizeof(T) == 2) {
+        const uint32_t a = __byte_perm(words[0], words[1], 0x7351), b = __byte_perm(words[2], words[3], 0x7351);
+        return (__byte_perm(a, b, 0x5410) & 0x80808080u) | (__byte_perm(a, b, 0x7632) >> 4 & 0x08080808u);
+    } else {
+        uint32_t signs = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) signs |= (words[i] & 0x80000000u) >> (31 - (8 * (i / 2) + (i % 2 ? 3 : 7)));
+        return signs;
+    }
+}
+
+// Codes of eight weights from `first` on, the even one of a pair in the high nibble; `scaled` divides by the scale.
+template <bool kSaturate, class T, class Scaled>
+__device__ __forceinline__ uint32_t encode_e2m1x8(const Block16<T>& block, int first, const Scaled& scaled) {
+#ifdef LRQ_CVT_E2M1
+    uint32_t codes = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        const float2 two = block.pair(first + i);
+        codes |= encode_e2m1x2(scaled(two.x), scaled(two.y)) << 4 * i;
+    }
+    return codes;
+#else
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 6; i >= 0; i -= 2) {
+        const float2 two = block.pair(first + i);
+        sum = (sum * 16 + biased_e2m1<kSaturate>(scaled(two.x))) * 16 + biased_e2m1<kSaturate>(scaled(two.y));
+    }
+    // What is left of the eight biases.
+    sum -= 0xfb000000u;
+    return sum | signs_of(block, first * static_cast<int>(sizeof(T)) / 4);
+#endif
+}
+
+// Whether a product with the approximate reciprocal might fall on the other side of a tie than the quotient. It can't
+// unless a weight lies within 4 ulp of a tie times the divisor; weights of 16 bits are sparse, the mantissas of ties
+// are 1, 1.25, 1.5 and 1.75.
+template <class T>
+__device__ __forceinline__ bool is_ambiguous(float divisor) {
+    if constexpr (sizeof(T) == 4) return true;
+    constexpr int kMissing = std::is_same_v<T, BFloat16> ? 16 : 13;
+    const auto distance = [](float tie) { return (__float_as_uint(tie) + 8) << (32 - kMissing); };
+    const uint32_t least = min(min(distance(divisor), distance(divisor * 1.25f)),
+                               min(distance(divisor * 1.5f), distance(divisor * 1.75f)));
+    return least <= 16u << (32 - kMissing);
+}
+
+__device__ __forceinline__ float approximate_reciprocal(float value) {
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(value));
+    return reciprocal;
+}
+
+// The 16 codes at a scale between 2^-80 and 2^80.
+template <bool kSaturate, class T>
+__device__ __forceinline__ uint2 encode_e2m1x16(const Block16<T>& block, float scale) {
+    if (is_ambiguous<T>(scale)) {
+        const Quotient quotient(scale, __frcp_rn(scale));
+        return make_uint2(encode_e2m1x8<kSaturate>(block, 0, quotient), encode_e2m1x8<kSaturate>(block, 8, quotient));
+    }
+    const float reciprocal = approximate_reciprocal(scale);
+    const auto product = [&](float w) { return w * reciprocal; };
+    return make_uint2(encode_e2m1x8<kSaturate>(block, 0, product), encode_e2m1x8<kSaturate>(block, 8, product));
+}
+
+}  // namespace lrq::cuda
