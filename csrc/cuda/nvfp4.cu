@@ -4,6 +4,7 @@
 
 #include "../kernels.h"
 #include "../layout.h"
+#include "expand.h"
 #include "launch.h"
 #include "load.h"
 
@@ -20,8 +21,6 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 // A tile of scales is shared by so many thread blocks.
 constexpr int kShares = kTile / kThreads;
-constexpr int64_t kMaxGridY = 65535;
-constexpr int64_t kMaxGridX = 0x7fffffff;
 // Enough thread blocks to fill any GPU; each then takes several rows, and the atomics stay few.
 constexpr int64_t kAmaxBlocks = 4096;
 
@@ -107,6 +106,21 @@ void run(const Layout& layout, float* amax, std::optional<double> coherence, uin
            amax, static_cast<float>(coherence.value_or(0.0)));
 }
 
+struct Nvfp4 {
+    static constexpr int kBlock = nvfp4::kBlock;
+    static constexpr int kBits = 4;
+    static __device__ __forceinline__ float scale(uint32_t code, float tensor_scale) {
+        return tensor_scale * decode_signed_e4m3(code);
+    }
+
+    // The even column is in the high nibble.
+    static __device__ __forceinline__ void decode(const uint32_t* words, int pair, float& even, float& odd) {
+        const uint32_t byte = words[pair / 4] >> pair % 4 * 8;
+        even = decode_e2m1(byte >> 4);
+        odd = decode_e2m1(byte);
+    }
+};
+
 }  // namespace
 
 std::string refusal(int device_index) {
@@ -135,6 +149,13 @@ void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, c
         run<Float16>(layout, room, coherence, stream);
     else
         run<float>(layout, room, coherence, stream);
+}
+
+void dequantize_nvfp4(const Tensor& codes, const Tensor& block_scales, const Tensor& tensor_scale, const Tensor& out,
+                      uintptr_t stream) {
+    constexpr char kExpand[] = "dequantize_nvfp4";
+    const DeviceGuard guard(codes.device_index, kExpand);
+    expand<Nvfp4>(expansion_of(codes, block_scales, &tensor_scale, out, 2, kBlock, kExpand), stream, kExpand);
 }
 
 }  // namespace lrq::cuda
