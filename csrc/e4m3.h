@@ -5,19 +5,18 @@
 
 namespace lrq {
 
-// Nearest E4M3 value of a magnitude, ties to even, for one that does not saturate. The sum has the step of the grid as
-// its last place: adding rounds. A fused sum with an exact product has the same bits.
-LRQ_INLINE float nearest_unsaturated_e4m3(float value) {
-    const float octave = from_bits(to_bits(value) & 0x7f800000u);
+// Nearest E4M3 value of a magnitude, ties to even, saturating. The sum has the step of the grid as its last place:
+// adding rounds. The product is exact, so a fused sum has the same bits.
+LRQ_INLINE float nearest_e4m3(float value) {
+    const float bounded = value < kE4M3Max ? value : kE4M3Max;
+    const float octave = from_bits(to_bits(bounded) & 0x7f800000u);
     const float wide = octave > 0x1p-6f ? octave : 0x1p-6f;
 #ifdef __CUDA_ARCH__
-    return __fmaf_rn(wide, -0x1p20f, __fmaf_rn(wide, 0x1p20f, value));
+    return __fmaf_rn(wide, -0x1p20f, __fmaf_rn(wide, 0x1p20f, bounded));
 #else
-    return (value + wide * 0x1p20f) - wide * 0x1p20f;
+    return (bounded + wide * 0x1p20f) - wide * 0x1p20f;
 #endif
 }
-
-LRQ_INLINE float nearest_e4m3(float value) { return nearest_unsaturated_e4m3(value < kE4M3Max ? value : kE4M3Max); }
 
 // Nearest E4M3 code, ties to even, saturating; the sign of zero is kept.
 LRQ_INLINE uint32_t encode_signed_e4m3(float value) {

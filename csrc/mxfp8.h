@@ -46,11 +46,15 @@ LRQ_INLINE uint32_t ruled_exponent(float amax) {
 // 1/2^(exponent-127): a product with it has the bits of the quotient.
 LRQ_INLINE float reciprocal(uint32_t exponent) { return decode_e8m0(kLastExponent - exponent); }
 
-// What search.h does, where doubling a scale leaves the grid as it is until a weight becomes subnormal: the candidates
-// before that tie with the start, and the smaller wins a tie.
+// What search.h does, for scales that are powers of two. Doubling such a scale moves no weight, until one becomes
+// subnormal: the candidates before that tie with the start, and the smaller wins a tie. Every error is exact, so |E|^2
+// never falls as the scale doubles, rounding included: the bound upwards needs no slack, and without coherence nothing
+// above the start can win. One loop goes both ways, so that threads of a warp stay together.
 class Search {
   public:
     LRQ_INLINE Search(const float (&block)[kBlock], float amax, float coherence) : block_(block), amax_(amax) {
+        gain_ = 0.0f;
+        if (coherence == 0.0f) return;
         float squares[kBlock];
         LRQ_UNROLL
         for (int i = 0; i < kBlock; ++i) {
@@ -60,23 +64,47 @@ class Search {
         gain_ = divide(coherence, tree_sum(squares));
     }
 
-    LRQ_INLINE uint32_t best_exponent(int start) {
-        float bound = visit<false>(start);
-        const int next = first_coarser();
-        for (int code = next > start ? next : start + 1; code <= kLastExponent; ++code) {
-            // Above it every weight rounds to zero, which never wins.
-            if (!can_win(bound) || !(0x1p-10f * decode_e8m0(code) < amax_)) break;
-            bound = visit<false>(code);
+    LRQ_INLINE int best_code(int start) {
+        float bound = -INFINITY;
+        bool overflows = false;
+        int code = start;
+        for (bool down = true;;) {
+            const float plain = visit(code);
+            if (code == start) overflows = !(best_ < INFINITY);
+            if (code >= start) bound = plain;
+            if (down) {
+                down = --code >= 1 && can_win_down(code);
+                if (down) continue;
+                if (!can_win_up(bound)) return best_code_;
+                const int coarser = overflows ? 0 : first_coarser();
+                code = coarser > start ? coarser : start + 1;
+            } else {
+                ++code;
+            }
+            if (code > kLastExponent || rounds_to_zero(code) || !can_win_up(bound)) return best_code_;
         }
-        downwards(start - 1);
-        return static_cast<uint32_t>(best_code_);
     }
 
   private:
     // The bounds hold in exact arithmetic; this much of them is given up to float32.
     static constexpr float kSlack = 0.999f;
+    // Below it, squares may be subnormal and errors no longer exact.
+    static constexpr float kInexact = 1e-20f;
 
-    LRQ_INLINE bool can_win(float bound) const { return bound * kSlack <= best_; }
+    LRQ_INLINE bool rounds_to_zero(int code) const {
+        return !(0x1p-10f * decode_e8m0(static_cast<uint32_t>(code)) < amax_);
+    }
+
+    LRQ_INLINE bool can_win_up(float bound) const {
+        return bound < best_ || (bound < kInexact && bound * kSlack <= best_);
+    }
+
+    // Below amax the largest weight alone costs (1 - 448 * scale/amax)^2, which grows as the scale falls.
+    LRQ_INLINE bool can_win_down(int code) const {
+        const float open = 1.0f - kE4M3Max * divide(decode_e8m0(static_cast<uint32_t>(code)), amax_);
+        const float clipped = open > 0.0f ? open : 0.0f;
+        return clipped * clipped * kSlack <= best_;
+    }
 
     // The first code whose grid is coarser than that of the code before at the smallest weight but zeros; 0 if unknown.
     LRQ_INLINE int first_coarser() const {
@@ -91,38 +119,26 @@ class Search {
         return exponent == 0 ? 0 : exponent + 7;
     }
 
-    template <bool kSaturates>
     LRQ_INLINE float visit(int code) {
         const float inverse = reciprocal(static_cast<uint32_t>(code));
         float squares[kBlock], products[kBlock];
         LRQ_UNROLL
         for (int i = 0; i < kBlock; ++i) {
             const float y = magnitude(block_[i]) * inverse;
-            const float error = (kSaturates ? nearest_e4m3(y) : nearest_unsaturated_e4m3(y)) - y;
+            const float error = nearest_e4m3(y) - y;
             squares[i] = error * error;
             products[i] = error * y;
         }
-        const float scale = decode_e8m0(static_cast<uint32_t>(code));
-        const float ratio = divide(scale, amax_);
+        const float ratio = divide(decode_e8m0(static_cast<uint32_t>(code)), amax_);
         const float square = ratio * ratio;
         const float plain = square * tree_sum(squares);
         const float along = tree_sum(products);
         const float value = plain + square * (gain_ * (square * (along * along)));
-        if (0x1p-10f * scale < amax_ && (value < best_ || (value == best_ && code < best_code_))) {
+        if (!rounds_to_zero(code) && (value < best_ || (value == best_ && code < best_code_))) {
             best_ = value;
             best_code_ = code;
         }
         return plain;
-    }
-
-    // Below amax the largest weight alone costs (1 - 448 * scale/amax)^2, which grows as the scale falls.
-    LRQ_INLINE void downwards(int code) {
-        for (; code >= 1; --code) {
-            const float open = 1.0f - kE4M3Max * divide(decode_e8m0(static_cast<uint32_t>(code)), amax_);
-            const float clipped = open > 0.0f ? open : 0.0f;
-            if (!can_win(clipped * clipped)) return;
-            visit<true>(code);
-        }
     }
 
     const float (&block_)[kBlock];
@@ -136,7 +152,7 @@ LRQ_INLINE uint32_t best_exponent(const float (&block)[kBlock], float amax, floa
     const uint32_t start = ruled_exponent(amax);
     if (start == 0) return 0;
     Search search(block, amax, coherence);
-    return search.best_exponent(static_cast<int>(start));
+    return static_cast<uint32_t>(search.best_code(static_cast<int>(start)));
 }
 
 }  // namespace lrq::mxfp8
