@@ -56,11 +56,28 @@ class Search {
         gain_ = 0.0f;
         if (coherence == 0.0f) return;
         float squares[kBlock];
+#ifdef __CUDA_ARCH__
+        // Without a branch, and the bits of the division wherever the square does not vanish: amax in [224, 448] times
+        // a power of two, its reciprocal correctly rounded, and two corrections, the last from a faithful quotient
+        // (Markstein 1990).
+        const float unit = reciprocal(ruled_exponent(amax));
+        const float divisor = amax * unit;
+        const float inverse = __frcp_rn(divisor);
+        LRQ_UNROLL
+        for (int i = 0; i < kBlock; ++i) {
+            const float y = magnitude(block[i]) * unit;
+            float relative = y * inverse;
+            relative = __fmaf_rn(__fmaf_rn(-divisor, relative, y), inverse, relative);
+            relative = __fmaf_rn(__fmaf_rn(-divisor, relative, y), inverse, relative);
+            squares[i] = relative * relative;
+        }
+#else
         LRQ_UNROLL
         for (int i = 0; i < kBlock; ++i) {
             const float relative = divide(magnitude(block[i]), amax);
             squares[i] = relative * relative;
         }
+#endif
         gain_ = divide(coherence, tree_sum(squares));
     }
 

@@ -73,37 +73,39 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout
     const int64_t first = int64_t{place.tile_column} * Shape::kTileWidth + within;
     if (first >= layout.columns) return;
     const int64_t tiles = layout.row_tiles * layout.column_tiles;
-    for (int64_t matrix = blockIdx.y; matrix < layout.batch; matrix += gridDim.y) {
-        const int64_t code_offset = (matrix * layout.code_rows + place.first_row) * layout.row_bytes;
-        const uint8_t* const codes = layout.codes + code_offset + first * Format::kBits / 8;
-        uint32_t words[kTileSteps][kWords] = {};
+    const int rows_left = place.rows_left(layout.rows), columns_left = place.columns_left(layout.columns, first);
+    const int64_t matrix = matrix_of_block();
+    if (matrix >= layout.batch) return;
+
+    const int64_t code_offset = (matrix * layout.code_rows + place.first_row()) * layout.row_bytes;
+    const uint8_t* const codes = layout.codes + code_offset + first * Format::kBits / 8;
+    uint32_t words[kTileSteps][kWords] = {};
 #pragma unroll
-        for (int j = 0; j < kTileSteps; ++j)
-            if (place.first_row + j * kTileStep < layout.rows)
-                load_bytes<Shape::kBytes>(codes + j * kTileStep * layout.row_bytes, aligned_in, words[j]);
-        uint32_t scales[kTileSteps];
-        load_bytes<kTileVector>(layout.scales + place.scales(matrix, tiles), aligned_in, scales);
-        const float tensor_scale = layout.tensor_scale ? layout.tensor_scale[matrix] : 1.0f;
+    for (int j = 0; j < kTileSteps; ++j)
+        if (j * kTileStep < rows_left)
+            load_bytes<Shape::kBytes>(codes + j * kTileStep * layout.row_bytes, aligned_in, words[j]);
+    uint32_t scales[kTileSteps];
+    load_bytes<kTileVector>(layout.scales + place.scales(matrix, tiles), aligned_in, scales);
+    T* const out = static_cast<T*>(layout.out) + (matrix * layout.rows + place.first_row()) * layout.columns + first;
+    const float tensor_scale = layout.tensor_scale ? layout.tensor_scale[matrix] : 1.0f;
 #pragma unroll
-        for (int j = 0; j < kTileSteps; ++j) {
-            const int64_t row = place.first_row + j * kTileStep;
-            if (row >= layout.rows) break;
-            const float scale = Format::scale(scales[j] >> within / Format::kBlock * 8 & 0xffu, tensor_scale);
-            float values[kVector];
+    for (int j = 0; j < kTileSteps; ++j) {
+        if (j * kTileStep >= rows_left) break;
+        const float scale = Format::scale(scales[j] >> within / Format::kBlock * 8 & 0xffu, tensor_scale);
+        float values[kVector];
 #pragma unroll
-            for (int i = 0; i < kVector / 2; ++i) {
-                Format::decode(words[j], i, values[2 * i], values[2 * i + 1]);
-                values[2 * i] *= scale;
-                values[2 * i + 1] *= scale;
-            }
-            T* const out = static_cast<T*>(layout.out) + (matrix * layout.rows + row) * layout.columns + first;
-            if (aligned_out) {
-                store_vector(out, values);
-            } else {
+        for (int i = 0; i < kVector / 2; ++i) {
+            Format::decode(words[j], i, values[2 * i], values[2 * i + 1]);
+            values[2 * i] *= scale;
+            values[2 * i + 1] *= scale;
+        }
+        T* const row = out + j * kTileStep * layout.columns;
+        if (aligned_out) {
+            store_vector(row, values);
+        } else {
 #pragma unroll
-                for (int i = 0; i < kVector; ++i)
-                    if (first + i < layout.columns) narrow(values[i], out[i]);
-            }
+            for (int i = 0; i < kVector; ++i)
+                if (i < columns_left) narrow(values[i], row[i]);
         }
     }
 }

@@ -36,32 +36,37 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(Layout layout, bool 
     const int64_t columns = layout.blocks * kBlock;
     const int64_t first = int64_t{place.tile_column} * (kTileColumns * kBlock) + place.lane * kShare;
     const uint32_t sharer = place.lane % kSharers;
-    for (int64_t matrix = blockIdx.y; matrix < layout.x.batch; matrix += gridDim.y) {
-        const T* const x = static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride;
-        float values[kTileSteps][kShare];
-        load_tile_rows(x, layout.x.row_stride, place.first_row, layout.x.rows, first, layout.x.columns, aligned,
-                       values);
-        uint32_t own = 0;
+    const int64_t row_stride = layout.x.row_stride;
+    const int rows_left = place.rows_left(layout.x.rows), columns_left = place.columns_left(layout.x.columns, first);
+    const int code_rows_left = first < columns ? place.rows_left(layout.code_rows) : 0;
+    const int64_t matrix = matrix_of_block();
+    if (matrix >= layout.x.batch) return;
+
+    const T* const corner =
+        static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride + place.first_row() * row_stride + first;
+    float values[kTileSteps][kShare];
+    load_tile_rows(corner, row_stride, rows_left, columns_left, aligned, values);
+    uint8_t* const codes = layout.codes + (matrix * layout.code_rows + place.first_row()) * columns + first;
+    uint32_t exponents[kTileSteps], own = 0;
 #pragma unroll
-        for (int j = 0; j < kTileSteps; ++j) {
-            float most = largest(values[j]);
-            most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
-            const uint32_t exponent = mxfp8::ruled_exponent(most);
-            own = sharer == j ? exponent : own;
-            // A block without an exponent has codes 0, whatever the signs of the weights.
-            const uint32_t kept = exponent ? 0xffffffffu : 0u;
-            const float inverse = from_bits((mxfp8::kLastExponent - exponent) << 23);
-            const int64_t row = place.first_row + j * kTileStep;
-            if (row < layout.code_rows && first < columns) {
-                const uint2 codes =
-                    make_uint2(encode_word(values[j], 0, inverse) & kept, encode_word(values[j], 4, inverse) & kept);
-                *reinterpret_cast<uint2*>(layout.codes + (matrix * layout.code_rows + row) * columns + first) = codes;
-            }
-        }
-        const int64_t scales = place.scales(matrix, layout.row_tiles * layout.column_tiles);
-        layout.scales[scales + sharer * kTileColumns + place.lane / kSharers] = static_cast<uint8_t>(own);
+    for (int j = 0; j < kTileSteps; ++j) {
+        float most = largest(values[j]);
+        most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(kWholeWarp, most, 2));
+        exponents[j] = mxfp8::ruled_exponent(most);
+        own = sharer == j ? exponents[j] : own;
     }
+#pragma unroll
+    for (int j = 0; j < kTileSteps; ++j) {
+        // A block without an exponent has codes 0, whatever the signs of the weights.
+        const uint32_t kept = exponents[j] ? 0xffffffffu : 0u;
+        const float inverse = from_bits((mxfp8::kLastExponent - exponents[j]) << 23);
+        const uint2 word =
+            make_uint2(encode_word(values[j], 0, inverse) & kept, encode_word(values[j], 4, inverse) & kept);
+        if (j * kTileStep < code_rows_left) *reinterpret_cast<uint2*>(codes + j * kTileStep * columns) = word;
+    }
+    const int64_t scales = place.scales(matrix, layout.row_tiles * layout.column_tiles);
+    layout.scales[scales + sharer * kTileColumns + place.lane / kSharers] = static_cast<uint8_t>(own);
 }
 
 // The search keeps a block in one thread: its sums then need no other thread. Neighbours write neighbouring scales.
@@ -78,31 +83,32 @@ __global__ void __launch_bounds__(kSearchThreads) search_kernel(Layout layout, b
         int64_t{tile_row} * kTileRows + place / kTileColumns % kTileSteps * kTileStep + place / kTileVector;
     const int64_t b = int64_t{tile - tile_row * tile_columns} * kTileColumns + place % kTileColumns;
     const int64_t tiles = layout.row_tiles * layout.column_tiles;
-    for (int64_t matrix = blockIdx.y; matrix < layout.x.batch; matrix += gridDim.y) {
-        uint32_t exponent = 0;
-        if (row < layout.code_rows && b < layout.blocks) {
-            uint4 codes[2] = {};
-            if (row < layout.x.rows) {
-                const int64_t offset = matrix * layout.x.batch_stride + row * layout.x.row_stride;
-                float block[kBlock];
-                load_block(static_cast<const T*>(layout.x.data) + offset, b * kBlock, layout.x.columns, aligned, block);
-                exponent = mxfp8::best_exponent(block, largest(block), coherence);
-                if (exponent) {
-                    const float inverse = mxfp8::reciprocal(exponent);
+    const int64_t matrix = matrix_of_block();
+    if (matrix >= layout.x.batch) return;
+
+    uint32_t exponent = 0;
+    if (row < layout.code_rows && b < layout.blocks) {
+        uint4 codes[2] = {};
+        if (row < layout.x.rows) {
+            const int64_t offset = matrix * layout.x.batch_stride + row * layout.x.row_stride;
+            float block[kBlock];
+            load_block(static_cast<const T*>(layout.x.data) + offset, b * kBlock, layout.x.columns, aligned, block);
+            exponent = mxfp8::best_exponent(block, largest(block), coherence);
+            if (exponent) {
+                const float inverse = mxfp8::reciprocal(exponent);
 #pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        codes[i] = make_uint4(
-                            encode_word(block, 16 * i, inverse), encode_word(block, 16 * i + 4, inverse),
-                            encode_word(block, 16 * i + 8, inverse), encode_word(block, 16 * i + 12, inverse));
-                }
+                for (int i = 0; i < 2; ++i)
+                    codes[i] =
+                        make_uint4(encode_word(block, 16 * i, inverse), encode_word(block, 16 * i + 4, inverse),
+                                   encode_word(block, 16 * i + 8, inverse), encode_word(block, 16 * i + 12, inverse));
             }
-            uint4* const out =
-                reinterpret_cast<uint4*>(layout.codes) + ((matrix * layout.code_rows + row) * layout.blocks + b) * 2;
-            out[0] = codes[0];
-            out[1] = codes[1];
         }
-        layout.scales[(matrix * tiles + tile) * kTile + place] = static_cast<uint8_t>(exponent);
+        uint4* const out =
+            reinterpret_cast<uint4*>(layout.codes) + ((matrix * layout.code_rows + row) * layout.blocks + b) * 2;
+        out[0] = codes[0];
+        out[1] = codes[1];
     }
+    layout.scales[(matrix * tiles + tile) * kTile + place] = static_cast<uint8_t>(exponent);
 }
 
 template <class T>

@@ -12,6 +12,9 @@ namespace lrq::cuda {
 constexpr int64_t kMaxGridX = 0x7fffffff;
 constexpr int64_t kMaxGridY = 65535;
 
+// A loop over matrices would have what only its rare branches need computed before it.
+__device__ __forceinline__ int64_t matrix_of_block() { return blockIdx.z * int64_t{gridDim.y} + blockIdx.y; }
+
 // `kLanes` threads cover a row of a tile, `kShares` thread blocks a tile.
 template <int kThreads, int kLanes>
 struct Place {
@@ -21,11 +24,20 @@ struct Place {
 
     __device__ __forceinline__ explicit Place(int64_t column_tiles) : tile(blockIdx.x / kShares) {
         const uint32_t columns = static_cast<uint32_t>(column_tiles);
-        const uint32_t tile_row = tile / columns;
+        tile_row = tile / columns;
         tile_column = tile - tile_row * columns;
         lane = threadIdx.x % kLanes;
         step_row = blockIdx.x % kShares * kRowsAtOnce + threadIdx.x / kLanes;
-        first_row = int64_t{tile_row} * kTileRows + step_row;
+    }
+
+    __device__ __forceinline__ int64_t first_row() const { return int64_t{tile_row} * kTileRows + step_row; }
+
+    // How many rows or columns the matrix goes on from the first of this thread; one tile's worth at most.
+    __device__ __forceinline__ int rows_left(int64_t rows) const {
+        return static_cast<int>(min(rows - first_row(), int64_t{kTileRows}));
+    }
+    static __device__ __forceinline__ int columns_left(int64_t columns, int64_t first) {
+        return static_cast<int>(min(columns - first, int64_t{kTileRows}));
     }
 
     // Of the 16 scales of this thread's rows.
@@ -35,24 +47,23 @@ struct Place {
 
     static dim3 grid(int64_t tiles, int64_t batch, const char* operation) {
         require(tiles * kShares <= kMaxGridX, std::string(operation) + ": the matrix is too large for one launch");
-        return dim3(static_cast<unsigned>(tiles * kShares), static_cast<unsigned>(std::min(batch, kMaxGridY)));
+        const int64_t along_y = std::min(batch, kMaxGridY);
+        return dim3(static_cast<unsigned>(tiles * kShares), static_cast<unsigned>(along_y),
+                    static_cast<unsigned>((batch + along_y - 1) / along_y));
     }
 
-    uint32_t tile, tile_column, lane, step_row;
-    int64_t first_row;
+    uint32_t tile, tile_row, tile_column, lane, step_row;
 };
 
-// kSize neighbouring columns of each of the 4 rows; what lies beyond the matrix is zero. All loads are in flight at
-// once wherever the 4 rows are whole.
+// kSize neighbouring columns of each of the 4 rows from `corner` on; what lies beyond the matrix is zero. All loads are
+// in flight at once wherever the 4 rows are whole.
 template <int kSize, class T>
-__device__ __forceinline__ void load_tile_rows(const T* x, int64_t row_stride, int64_t first_row, int64_t rows,
-                                               int64_t first, int64_t columns, bool aligned,
-                                               float (&values)[kTileSteps][kSize]) {
+__device__ __forceinline__ void load_tile_rows(const T* corner, int64_t row_stride, int rows_left, int columns_left,
+                                               bool aligned, float (&values)[kTileSteps][kSize]) {
     constexpr int kPerWord = sizeof(uint32_t) / sizeof(T);
     constexpr int kPerLoad = 4 * kPerWord;
     constexpr int kLoads = kSize / kPerLoad;
-    const T* const corner = x + first_row * row_stride + first;
-    if (aligned && first + kSize <= columns && first_row + (kTileSteps - 1) * kTileStep < rows) {
+    if (aligned && kSize <= columns_left && (kTileSteps - 1) * kTileStep < rows_left) {
         uint4 raw[kTileSteps][kLoads];
 #pragma unroll
         for (int j = 0; j < kTileSteps; ++j)
@@ -72,10 +83,12 @@ __device__ __forceinline__ void load_tile_rows(const T* x, int64_t row_stride, i
         return;
     }
 #pragma unroll
-    for (int j = 0; j < kTileSteps; ++j) {
-        const bool present = first_row + j * kTileStep < rows;
-        load_block(x + (first_row + j * kTileStep) * row_stride, first, present ? columns : 0, aligned, values[j]);
-    }
+    for (int j = 0; j < kTileSteps; ++j)
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+            const bool present = j * kTileStep < rows_left && i < columns_left;
+            values[j][i] = present ? widen(corner[j * kTileStep * row_stride + i]) : 0.0f;
+        }
 }
 
 }  // namespace lrq::cuda
