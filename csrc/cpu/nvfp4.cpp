@@ -61,29 +61,43 @@ void set_tensor_scales(const Layout& layout, std::vector<std::vector<float>>& ro
         layout.tensor_scale[m] = nvfp4::scale_of_amax(largest(&amax[m * workers], workers));
 }
 
+// Codes already apart, one a byte.
 struct Nvfp4 {
     static constexpr int kBlock = nvfp4::kBlock;
-    static constexpr int kBytes = kBlock / 2;
+    static constexpr int kBytes = kBlock;
     static LRQ_INLINE float scale(uint8_t code, float tensor_scale) { return tensor_scale * decode_signed_e4m3(code); }
     static LRQ_INLINE void decode(const uint8_t* codes, float (&values)[kBlock]) {
         LRQ_UNROLL
-        for (int i = 0; i < kBytes; ++i) {
-            values[2 * i] = decode_e2m1(codes[i] >> 4);
-            values[2 * i + 1] = decode_e2m1(codes[i] & 15u);
-        }
+        for (int i = 0; i < kBlock; ++i) values[i] = decode_e2m1(codes[i]);
     }
 };
 
+// Many blocks are taken apart before the first is decoded: reading bytes just written would wait for them.
+template <class T>
+LRQ_INLINE void expand_packed(const uint8_t* packed, const uint8_t* scales, float outer, int64_t columns, T* out) {
+    constexpr int64_t kBlocks = 64, kColumns = kBlocks * kBlock;
+    uint8_t codes[kColumns];
+    for (int64_t first = 0; first < columns; first += kColumns, packed += kColumns / 2, scales += kBlocks) {
+        const int64_t count = std::min(columns - first, kColumns);
+        const int64_t bytes = (count + kBlock - 1) / kBlock * (kBlock / 2);
+        for (int64_t i = 0; i < bytes; ++i) {
+            codes[2 * i] = packed[i] >> 4;
+            codes[2 * i + 1] = packed[i] & 15u;
+        }
+        expand_blocks<Nvfp4>(codes, scales, outer, count, out + first);
+    }
+}
+
 LRQ_CLONES void expand(const uint8_t* codes, const uint8_t* scales, float outer, int64_t columns, float* out) {
-    expand_blocks<Nvfp4>(codes, scales, outer, columns, out);
+    expand_packed(codes, scales, outer, columns, out);
 }
 
 LRQ_CLONES void expand(const uint8_t* codes, const uint8_t* scales, float outer, int64_t columns, BFloat16* out) {
-    expand_blocks<Nvfp4>(codes, scales, outer, columns, out);
+    expand_packed(codes, scales, outer, columns, out);
 }
 
 LRQ_CLONES void expand(const uint8_t* codes, const uint8_t* scales, float outer, int64_t columns, Float16* out) {
-    expand_blocks<Nvfp4>(codes, scales, outer, columns, out);
+    expand_packed(codes, scales, outer, columns, out);
 }
 
 }  // namespace
