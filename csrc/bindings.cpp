@@ -18,10 +18,24 @@ using WithoutGil = py::call_guard<py::gil_scoped_release>;
 PYBIND11_MODULE(_native, m) {
     m.attr("interface") = kInterface;
     m.def("quantize_nvfp4_cpu", &lrq::cpu::quantize_nvfp4, WithoutGil());
+    m.def("dequantize_nvfp4_cpu", &lrq::cpu::dequantize_nvfp4, WithoutGil());
+    m.def("quantize_mxfp8_cpu", &lrq::cpu::quantize_mxfp8, WithoutGil());
+    m.def("dequantize_mxfp8_cpu", &lrq::cpu::dequantize_mxfp8, WithoutGil());
+    m.def("pack_fp4_cpu", &lrq::cpu::pack_fp4, WithoutGil());
+    m.def("unpack_fp4_cpu", &lrq::cpu::unpack_fp4, WithoutGil());
+    m.def("swizzle_scales_cpu", &lrq::cpu::swizzle_scales, WithoutGil());
+    m.def("unswizzle_scales_cpu", &lrq::cpu::unswizzle_scales, WithoutGil());
 #ifdef LRQ_CUDA
     m.attr("has_cuda") = true;
     m.def("cuda_refusal", &lrq::cuda::refusal, WithoutGil());
     m.def("quantize_nvfp4_cuda", &lrq::cuda::quantize_nvfp4, WithoutGil());
+    m.def("dequantize_nvfp4_cuda", &lrq::cuda::dequantize_nvfp4, WithoutGil());
+    m.def("quantize_mxfp8_cuda", &lrq::cuda::quantize_mxfp8, WithoutGil());
+    m.def("dequantize_mxfp8_cuda", &lrq::cuda::dequantize_mxfp8, WithoutGil());
+    m.def("pack_fp4_cuda", &lrq::cuda::pack_fp4, WithoutGil());
+    m.def("unpack_fp4_cuda", &lrq::cuda::unpack_fp4, WithoutGil());
+    m.def("swizzle_scales_cuda", &lrq::cuda::swizzle_scales, WithoutGil());
+    m.def("unswizzle_scales_cuda", &lrq::cuda::unswizzle_scales, WithoutGil());
 #else
     m.attr("has_cuda") = false;
 #endif

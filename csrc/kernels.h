@@ -12,6 +12,23 @@ namespace lrq::cpu {
 void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, std::optional<double> coherence,
                     const Tensor& codes, const Tensor& block_scales, const Tensor& tensor_scale, int threads);
 
+void dequantize_nvfp4(const Tensor& codes, const Tensor& block_scales, const Tensor& tensor_scale, const Tensor& out,
+                      int threads);
+
+void quantize_mxfp8(const Tensor& x, std::optional<double> coherence, const Tensor& codes, const Tensor& block_scales,
+                    int threads);
+
+void dequantize_mxfp8(const Tensor& codes, const Tensor& block_scales, const Tensor& out, int threads);
+
+void pack_fp4(const Tensor& codes, bool high_first, const Tensor& out, int threads);
+
+void unpack_fp4(const Tensor& packed, bool high_first, const Tensor& out, int threads);
+
+void swizzle_scales(const Tensor& scales, const Tensor& out, int threads);
+
+// `swizzled` is contiguous.
+void unswizzle_scales(const Tensor& swizzled, const Tensor& out, int threads);
+
 }  // namespace lrq::cpu
 
 namespace lrq::cuda {
@@ -23,5 +40,22 @@ std::string refusal(int device_index);
 void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, const std::optional<Tensor>& amax,
                     std::optional<double> coherence, const Tensor& codes, const Tensor& block_scales,
                     const Tensor& tensor_scale, uintptr_t stream);
+
+void dequantize_nvfp4(const Tensor& codes, const Tensor& block_scales, const Tensor& tensor_scale, const Tensor& out,
+                      uintptr_t stream);
+
+void quantize_mxfp8(const Tensor& x, std::optional<double> coherence, const Tensor& codes, const Tensor& block_scales,
+                    uintptr_t stream);
+
+void dequantize_mxfp8(const Tensor& codes, const Tensor& block_scales, const Tensor& out, uintptr_t stream);
+
+void pack_fp4(const Tensor& codes, bool high_first, const Tensor& out, uintptr_t stream);
+
+void unpack_fp4(const Tensor& packed, bool high_first, const Tensor& out, uintptr_t stream);
+
+void swizzle_scales(const Tensor& scales, const Tensor& out, uintptr_t stream);
+
+// `swizzled` is contiguous.
+void unswizzle_scales(const Tensor& swizzled, const Tensor& out, uintptr_t stream);
 
 }  // namespace lrq::cuda

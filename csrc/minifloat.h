@@ -156,9 +156,6 @@ LRQ_INLINE uint32_t encode_e4m3(float value) {
 // Value of an E4M3 code, 0 to 126. The product is exact and makes subnormals normal.
 LRQ_INLINE float decode_e4m3(uint32_t code) { return from_bits(code << 20) * 0x1p120f; }
 
-// Smallest power of two that is at least the value, as its biased exponent, exact.
-LRQ_INLINE uint32_t encode_e8m0_up(float value) { return (to_bits(value) + 0x7fffffu) >> 23; }
-
 LRQ_INLINE float decode_e8m0(uint32_t exponent) { return from_bits(exponent ? exponent << 23 : 0x400000u); }
 
 }  // namespace lrq

@@ -4,14 +4,15 @@
 #include "matrix.h"
 #include "minifloat.h"
 #include "search.h"
+#include "swizzle.h"
 
 namespace lrq::nvfp4 {
 
 constexpr int kBlock = 16;
 constexpr int kRowMultiple = 16;
-constexpr int kTileRows = 128;
-constexpr int kTileColumns = 4;
-constexpr int kTile = kTileRows * kTileColumns;
+using lrq::kTile;
+using lrq::kTileColumns;
+using lrq::kTileRows;
 
 // Codes, scales and the tensor scale are contiguous; strides count elements.
 struct Layout {
@@ -59,12 +60,6 @@ LRQ_INLINE uint32_t best_scale(const float (&block)[kBlock], float amax, float t
     const int start = code + (divide(amax, scale) > kE2M1Max ? 1 : 0);
     Search<Candidates> search(block, amax, coherence, candidates);
     return search.best_code(start < kE4M3LastCode ? start : kE4M3LastCode);
-}
-
-// Byte of scale [row, block] in its matrix (cuBLAS, "1D block scaling factors layout").
-LRQ_INLINE int64_t swizzled(const Layout& layout, int64_t row, int64_t block) {
-    const int64_t tile = row / kTileRows * layout.column_tiles + block / kTileColumns;
-    return tile * kTile + row % 32 * 16 + row % kTileRows / 32 * 4 + block % kTileColumns;
 }
 
 }  // namespace lrq::nvfp4

@@ -153,7 +153,7 @@ class Bound:
 def bind(operation: str, *args: Any, **kwargs: Any) -> Bound:
     """Tie ``operation`` to its arguments: check them, choose the backend and allocate the outputs now, compute later.
 
-    Example: ``quantize = lrq_kernels.bind("quantize_nvfp4", w)``, then ``quantize()`` as often as ``w`` changes in place.
+    Example: ``quantize = lrq_kernels.bind("quantize_nvfp4", w)``, then ``quantize()`` as often as ``w`` changes.
 
     Raises:
         ValueError, TypeError: as the operation does.

@@ -2,9 +2,11 @@
 
 #include <vector>
 
+#include "../e4m3.h"
 #include "../kernels.h"
 #include "../layout.h"
 #include "clones.h"
+#include "expand.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -59,6 +61,45 @@ void set_tensor_scales(const Layout& layout, std::vector<std::vector<float>>& ro
         layout.tensor_scale[m] = nvfp4::scale_of_amax(largest(&amax[m * workers], workers));
 }
 
+// Codes already apart, one a byte.
+struct Nvfp4 {
+    static constexpr int kBlock = nvfp4::kBlock;
+    static constexpr int kBytes = kBlock;
+    static LRQ_INLINE float scale(uint8_t code, float tensor_scale) { return tensor_scale * decode_signed_e4m3(code); }
+    static LRQ_INLINE void decode(const uint8_t* codes, float (&values)[kBlock]) {
+        LRQ_UNROLL
+        for (int i = 0; i < kBlock; ++i) values[i] = decode_e2m1(codes[i]);
+    }
+};
+
+// Many blocks are taken apart before the first is decoded: reading bytes just written would wait for them.
+template <class T>
+LRQ_INLINE void expand_packed(const uint8_t* packed, const uint8_t* scales, float outer, int64_t columns, T* out) {
+    constexpr int64_t kBlocks = 64, kColumns = kBlocks * kBlock;
+    uint8_t codes[kColumns];
+    for (int64_t first = 0; first < columns; first += kColumns, packed += kColumns / 2, scales += kBlocks) {
+        const int64_t count = std::min(columns - first, kColumns);
+        const int64_t bytes = (count + kBlock - 1) / kBlock * (kBlock / 2);
+        for (int64_t i = 0; i < bytes; ++i) {
+            codes[2 * i] = packed[i] >> 4;
+            codes[2 * i + 1] = packed[i] & 15u;
+        }
+        expand_blocks<Nvfp4>(codes, scales, outer, count, out + first);
+    }
+}
+
+LRQ_CLONES void expand(const uint8_t* codes, const uint8_t* scales, float outer, int64_t columns, float* out) {
+    expand_packed(codes, scales, outer, columns, out);
+}
+
+LRQ_CLONES void expand(const uint8_t* codes, const uint8_t* scales, float outer, int64_t columns, BFloat16* out) {
+    expand_packed(codes, scales, outer, columns, out);
+}
+
+LRQ_CLONES void expand(const uint8_t* codes, const uint8_t* scales, float outer, int64_t columns, Float16* out) {
+    expand_packed(codes, scales, outer, columns, out);
+}
+
 }  // namespace
 
 void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, std::optional<double> coherence,
@@ -86,9 +127,18 @@ void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, s
         } else if (row < layout.code_rows) {
             std::fill_n(row_of_codes, layout.blocks * (kBlock / 2), uint8_t{0});
         }
-        uint8_t* const swizzled = layout.scales + matrix * scale_rows * scale_columns;
-        for (int64_t b = 0; b < scale_columns; ++b) swizzled[nvfp4::swizzled(layout, row, b)] = row_of_scales[b];
+        uint8_t* const out = layout.scales + matrix * scale_rows * scale_columns;
+        for (int64_t b = 0; b < scale_columns; ++b) out[swizzled(layout.column_tiles, row, b)] = row_of_scales[b];
     });
+}
+
+void dequantize_nvfp4(const Tensor& codes, const Tensor& block_scales, const Tensor& tensor_scale, const Tensor& out,
+                      int threads) {
+    const Expansion layout = expansion_of(codes, block_scales, &tensor_scale, out, 2, kBlock, "dequantize_nvfp4");
+    expand_rows(layout, threads,
+                [&](int64_t matrix, const uint8_t* row, const uint8_t* scales, int64_t columns, auto* values) {
+                    expand(row, scales, layout.tensor_scale[matrix], columns, values);
+                });
 }
 
 }  // namespace lrq::cpu

@@ -5,6 +5,7 @@
 #include "../kernels.h"
 #include "../layout.h"
 #include "block16.h"
+#include "expand.h"
 #include "launch.h"
 #include "load.h"
 
@@ -24,8 +25,6 @@ constexpr int kSpanTiles = kWarp / nvfp4::kTileColumns;
 // 128 bytes in flight for every thread.
 template <class T>
 constexpr int kRowsOf = 8 / sizeof(T);
-constexpr int64_t kMaxGridY = 65535;
-constexpr int64_t kMaxGridX = 0x7fffffff;
 // Enough thread blocks to fill any GPU; each then takes several rows, and the atomics stay few.
 constexpr int64_t kAmaxBlocks = 4096;
 
@@ -166,6 +165,21 @@ void run(const Layout& layout, float* amax, std::optional<double> coherence, uin
         run<T, false>(layout, amax, 0.0f, stream);
 }
 
+struct Nvfp4 {
+    static constexpr int kBlock = nvfp4::kBlock;
+    static constexpr int kBits = 4;
+    static __device__ __forceinline__ float scale(uint32_t code, float tensor_scale) {
+        return tensor_scale * decode_signed_e4m3(code);
+    }
+
+    // The even column is in the high nibble.
+    static __device__ __forceinline__ void decode(const uint32_t* words, int pair, float& even, float& odd) {
+        const uint32_t byte = words[pair / 4] >> pair % 4 * 8;
+        even = decode_e2m1(byte >> 4);
+        odd = decode_e2m1(byte);
+    }
+};
+
 }  // namespace
 
 std::string refusal(int device_index) {
@@ -194,6 +208,13 @@ void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, c
         run<Float16>(layout, room, coherence, stream);
     else
         run<float>(layout, room, coherence, stream);
+}
+
+void dequantize_nvfp4(const Tensor& codes, const Tensor& block_scales, const Tensor& tensor_scale, const Tensor& out,
+                      uintptr_t stream) {
+    constexpr char kExpand[] = "dequantize_nvfp4";
+    const DeviceGuard guard(codes.device_index, kExpand);
+    expand<Nvfp4>(expansion_of(codes, block_scales, &tensor_scale, out, 2, kBlock, kExpand), stream, kExpand);
 }
 
 }  // namespace lrq::cuda

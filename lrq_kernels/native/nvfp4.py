@@ -24,6 +24,20 @@ def quantize_nvfp4_cpu(
     _native.quantize_nvfp4_cpu(x, given_scale, coherence, codes, block_scales, tensor_scale, threads)
 
 
+@kernel("dequantize_nvfp4", backend="cpu", accepts=on_cpu)
+def dequantize_nvfp4_cpu(
+    codes: Tensor,
+    block_scales: Tensor,
+    tensor_scale: Tensor,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    out: Tensor,
+) -> None:
+    inputs = (t.contiguous() for t in (codes, block_scales, tensor_scale))
+    _native.dequantize_nvfp4_cpu(*inputs, out, torch.get_num_threads())
+
+
 if _native.has_cuda:
 
     @kernel("quantize_nvfp4", backend="cuda", accepts=on_cuda)
@@ -39,3 +53,16 @@ if _native.has_cuda:
         amax = torch.zeros_like(tensor_scale) if given_scale is None else None
         stream = stream_of(x)
         _native.quantize_nvfp4_cuda(x, given_scale, amax, coherence, codes, block_scales, tensor_scale, stream)
+
+    @kernel("dequantize_nvfp4", backend="cuda", accepts=on_cuda)
+    def dequantize_nvfp4_cuda(
+        codes: Tensor,
+        block_scales: Tensor,
+        tensor_scale: Tensor,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        out: Tensor,
+    ) -> None:
+        inputs = (t.contiguous() for t in (codes, block_scales, tensor_scale))
+        _native.dequantize_nvfp4_cuda(*inputs, out, stream_of(codes))

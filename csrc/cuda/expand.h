@@ -1,0 +1,134 @@
+// Codes and block scales to values, 16 bytes of them a store.
+#pragma once
+
+#include "../dequantize.h"
+#include "../e4m3.h"
+#include "../narrow.h"
+#include "launch.h"
+#include "tile.h"
+
+namespace lrq::cuda {
+
+constexpr int kExpandThreads = 256;
+
+__device__ __forceinline__ uint32_t narrow_pair(float high, float low, BFloat16) {
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+__device__ __forceinline__ uint32_t narrow_pair(float high, float low, Float16) {
+    uint32_t packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+template <class T>
+__device__ __forceinline__ void store_vector(T* out, const float (&values)[8]) {
+    *reinterpret_cast<uint4*>(out) =
+        make_uint4(narrow_pair(values[1], values[0], T{}), narrow_pair(values[3], values[2], T{}),
+                   narrow_pair(values[5], values[4], T{}), narrow_pair(values[7], values[6], T{}));
+}
+
+__device__ __forceinline__ void store_vector(float* out, const float (&values)[4]) {
+    *reinterpret_cast<float4*>(out) = make_float4(values[0], values[1], values[2], values[3]);
+}
+
+template <int kBytes>
+__device__ __forceinline__ void load_bytes(const uint8_t* source, bool aligned, uint32_t (&words)[(kBytes + 3) / 4]) {
+    if (!aligned) {
+#pragma unroll
+        for (int i = 0; i < (kBytes + 3) / 4; ++i) words[i] = 0;
+#pragma unroll
+        for (int i = 0; i < kBytes; ++i) words[i / 4] |= uint32_t{__ldg(source + i)} << 8 * (i % 4);
+    } else if constexpr (kBytes == 16) {
+        const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(source));
+        words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
+    } else if constexpr (kBytes == 8) {
+        const uint2 loaded = __ldg(reinterpret_cast<const uint2*>(source));
+        words[0] = loaded.x, words[1] = loaded.y;
+    } else if constexpr (kBytes == 4) {
+        words[0] = __ldg(reinterpret_cast<const uint32_t*>(source));
+    } else {
+        words[0] = __ldg(reinterpret_cast<const uint16_t*>(source));
+    }
+}
+
+template <class Format, class T>
+struct Expanding {
+    static constexpr int kVector = sizeof(uint4) / sizeof(T);
+    static constexpr int kBytes = kVector * Format::kBits / 8;
+    static constexpr int kTileWidth = kTileColumns * Format::kBlock;
+    using Place = cuda::Place<kExpandThreads, kTileWidth / kVector>;
+};
+
+// `Format` holds kBlock, kBits (of a code), scale(byte, tensor_scale) and decode(words, pair, even, odd).
+template <class Format, class T>
+__global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout, bool aligned_in, bool aligned_out) {
+    using Shape = Expanding<Format, T>;
+    constexpr int kVector = Shape::kVector;
+    constexpr int kWords = (Shape::kBytes + 3) / 4;
+    const typename Shape::Place place(layout.column_tiles);
+    const uint32_t within = place.lane * kVector;
+    const int64_t first = int64_t{place.tile_column} * Shape::kTileWidth + within;
+    if (first >= layout.columns) return;
+    const int64_t tiles = layout.row_tiles * layout.column_tiles;
+    const int rows_left = place.rows_left(layout.rows), columns_left = place.columns_left(layout.columns, first);
+    const int64_t matrix = matrix_of_block();
+    if (matrix >= layout.batch) return;
+
+    const int64_t code_offset = (matrix * layout.code_rows + place.first_row()) * layout.row_bytes;
+    const uint8_t* const codes = layout.codes + code_offset + first * Format::kBits / 8;
+    uint32_t words[kTileSteps][kWords] = {};
+#pragma unroll
+    for (int j = 0; j < kTileSteps; ++j)
+        if (j * kTileStep < rows_left)
+            load_bytes<Shape::kBytes>(codes + j * kTileStep * layout.row_bytes, aligned_in, words[j]);
+    uint32_t scales[kTileSteps];
+    load_bytes<kTileVector>(layout.scales + place.scales(matrix, tiles), aligned_in, scales);
+    T* const out = static_cast<T*>(layout.out) + (matrix * layout.rows + place.first_row()) * layout.columns + first;
+    const float tensor_scale = layout.tensor_scale ? layout.tensor_scale[matrix] : 1.0f;
+#pragma unroll
+    for (int j = 0; j < kTileSteps; ++j) {
+        if (j * kTileStep >= rows_left) break;
+        const float scale = Format::scale(scales[j] >> within / Format::kBlock * 8 & 0xffu, tensor_scale);
+        float values[kVector];
+#pragma unroll
+        for (int i = 0; i < kVector / 2; ++i) {
+            Format::decode(words[j], i, values[2 * i], values[2 * i + 1]);
+            values[2 * i] *= scale;
+            values[2 * i + 1] *= scale;
+        }
+        T* const row = out + j * kTileStep * layout.columns;
+        if (aligned_out) {
+            store_vector(row, values);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kVector; ++i)
+                if (i < columns_left) narrow(values[i], row[i]);
+        }
+    }
+}
+
+template <class Format, class T>
+void expand_as(const Expansion& layout, uintptr_t stream, const char* operation) {
+    using Shape = Expanding<Format, T>;
+    const auto misaligned = reinterpret_cast<uintptr_t>(layout.codes) | reinterpret_cast<uintptr_t>(layout.scales);
+    const bool aligned_out =
+        reinterpret_cast<uintptr_t>(layout.out) % sizeof(uint4) == 0 && layout.columns % Shape::kVector == 0;
+    const dim3 grid = Shape::Place::grid(layout.row_tiles * layout.column_tiles, layout.batch, operation);
+    launch(operation, expand_kernel<Format, T>, grid, dim3(kExpandThreads), stream, layout,
+           misaligned % sizeof(uint4) == 0, aligned_out);
+}
+
+template <class Format>
+void expand(const Expansion& layout, uintptr_t stream, const char* operation) {
+    if (layout.type == Type::kBFloat16)
+        expand_as<Format, BFloat16>(layout, stream, operation);
+    else if (layout.type == Type::kFloat16)
+        expand_as<Format, Float16>(layout, stream, operation);
+    else
+        expand_as<Format, float>(layout, stream, operation);
+}
+
+}  // namespace lrq::cuda
