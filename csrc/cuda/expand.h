@@ -34,26 +34,6 @@ __device__ __forceinline__ void store_vector(float* out, const float (&values)[4
     *reinterpret_cast<float4*>(out) = make_float4(values[0], values[1], values[2], values[3]);
 }
 
-template <int kBytes>
-__device__ __forceinline__ void load_bytes(const uint8_t* source, bool aligned, uint32_t (&words)[(kBytes + 3) / 4]) {
-    if (!aligned) {
-#pragma unroll
-        for (int i = 0; i < (kBytes + 3) / 4; ++i) words[i] = 0;
-#pragma unroll
-        for (int i = 0; i < kBytes; ++i) words[i / 4] |= uint32_t{__ldg(source + i)} << 8 * (i % 4);
-    } else if constexpr (kBytes == 16) {
-        const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(source));
-        words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
-    } else if constexpr (kBytes == 8) {
-        const uint2 loaded = __ldg(reinterpret_cast<const uint2*>(source));
-        words[0] = loaded.x, words[1] = loaded.y;
-    } else if constexpr (kBytes == 4) {
-        words[0] = __ldg(reinterpret_cast<const uint32_t*>(source));
-    } else {
-        words[0] = __ldg(reinterpret_cast<const uint16_t*>(source));
-    }
-}
-
 template <class Format, class T>
 struct Expanding {
     static constexpr int kVector = sizeof(uint4) / sizeof(T);

@@ -33,11 +33,13 @@ __device__ __forceinline__ uint2 unpack_word(uint32_t packed, bool high_first) {
 }
 
 __device__ __forceinline__ void pack_bytes(const uint8_t* in, uint8_t* out, int count, bool high_first) {
+#pragma unroll 1
     for (int i = 0; i < count; ++i)
         out[i] = static_cast<uint8_t>(pack_word(in[2 * i] | uint32_t{in[2 * i + 1]} << 8, high_first));
 }
 
 __device__ __forceinline__ void unpack_bytes(const uint8_t* in, uint8_t* out, int count, bool high_first) {
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
         const uint32_t codes = unpack_word(in[i], high_first).x;
         out[2 * i] = static_cast<uint8_t>(codes);

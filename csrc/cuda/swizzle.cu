@@ -5,6 +5,7 @@
 #include "../kernels.h"
 #include "../matrix.h"
 #include "launch.h"
+#include "tile.h"
 
 namespace lrq::cuda {
 namespace {
@@ -19,7 +20,7 @@ struct Layout {
     Matrix linear;
     uint8_t* tiles;
     int64_t row_tiles, column_tiles;
-    bool aligned;
+    bool aligned, tiles_aligned;
 };
 
 __device__ __forceinline__ uint32_t load_word(const uint8_t* source, int64_t present, bool aligned) {
@@ -53,12 +54,9 @@ __global__ void __launch_bounds__(kThreads) swizzle_kernel(Layout layout) {
     for (int64_t matrix = blockIdx.z; matrix < x.batch; matrix += gridDim.z)
         for (int64_t row_tile = blockIdx.y; row_tile < layout.row_tiles; row_tile += gridDim.y) {
             const int64_t tile = (matrix * layout.row_tiles + row_tile) * layout.column_tiles + column_tile;
-            uint4* const swizzled = reinterpret_cast<uint4*>(layout.tiles + tile * kTile + step_row * kTileVector);
+            uint8_t* const vector = layout.tiles + tile * kTile + step_row * kTileVector;
             uint32_t words[kTileSteps] = {};
-            if constexpr (!kForth) {
-                const uint4 loaded = *swizzled;
-                words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
-            }
+            if constexpr (!kForth) load_bytes<kTileVector>(vector, layout.tiles_aligned, words);
 #pragma unroll
             for (int j = 0; j < kTileSteps; ++j) {
                 const int64_t row = row_tile * kTileRows + j * kTileStep + step_row;
@@ -69,26 +67,29 @@ __global__ void __launch_bounds__(kThreads) swizzle_kernel(Layout layout) {
                 else
                     store_word(place, words[j], x.columns - column, layout.aligned);
             }
-            if constexpr (kForth) *swizzled = make_uint4(words[0], words[1], words[2], words[3]);
+            if constexpr (kForth)
+                *reinterpret_cast<uint4*>(vector) = make_uint4(words[0], words[1], words[2], words[3]);
         }
 }
 
 template <bool kForth>
 void run(const Tensor& linear, const Tensor& tiles, uintptr_t stream, const char* operation) {
-    constexpr int64_t kMaxGrid = 65535;
-    Layout layout{bytes_of(linear, operation), static_cast<uint8_t*>(tiles.data), tiles.size(2) / kTileRows,
-                  tiles.size(1) / kTileColumns, false};
+    Layout layout{};
+    layout.linear = bytes_of(linear, operation);
+    layout.tiles = static_cast<uint8_t*>(tiles.data);
+    layout.row_tiles = tiles.size(2) / kTileRows;
+    layout.column_tiles = tiles.size(1) / kTileColumns;
+    layout.tiles_aligned = reinterpret_cast<uintptr_t>(tiles.data) % sizeof(uint4) == 0;
     const Matrix& x = layout.linear;
     require(layout.row_tiles * kTileRows >= x.rows && layout.column_tiles * kTileColumns >= x.columns,
             std::string(operation) + ": the tiles are too few");
-    require(reinterpret_cast<uintptr_t>(tiles.data) % sizeof(uint4) == 0,
-            std::string(operation) + ": the tiles must start at a multiple of 16 bytes");
+    require(layout.tiles_aligned || !kForth, std::string(operation) + ": the output must start at 16 bytes");
     const auto starts = reinterpret_cast<uintptr_t>(x.data) | static_cast<uintptr_t>(x.row_stride) |
                         static_cast<uintptr_t>(x.batch_stride);
     layout.aligned = starts % sizeof(uint32_t) == 0;
     const dim3 grid(static_cast<unsigned>((layout.column_tiles + kTilesAside - 1) / kTilesAside),
-                    static_cast<unsigned>(std::min(layout.row_tiles, kMaxGrid)),
-                    static_cast<unsigned>(std::min(x.batch, kMaxGrid)));
+                    static_cast<unsigned>(std::min(layout.row_tiles, kMaxGridY)),
+                    static_cast<unsigned>(std::min(x.batch, kMaxGridY)));
     const DeviceGuard guard(linear.device_index, operation);
     launch(operation, swizzle_kernel<kForth>, grid, dim3(kThreads), stream, layout);
 }
