@@ -17,21 +17,23 @@ struct Block16 {
     static constexpr int kWords = 16 * sizeof(T) / sizeof(uint32_t);
     uint32_t words[kWords];
 
-    // What lies beyond the matrix is zero.
-    __device__ __forceinline__ void load(const T* row, int64_t first, int64_t columns, bool aligned) {
-        if (aligned && first + 16 <= columns) {
-            const uint4* const source = reinterpret_cast<const uint4*>(row + first);
+    // From a multiple of 16 bytes.
+    __device__ __forceinline__ void load(const T* from) {
+        const uint4* const source = reinterpret_cast<const uint4*>(from);
 #pragma unroll
-            for (int i = 0; i < kWords / 4; ++i) {
-                const uint4 loaded = __ldg(source + i);
-                words[4 * i] = loaded.x, words[4 * i + 1] = loaded.y;
-                words[4 * i + 2] = loaded.z, words[4 * i + 3] = loaded.w;
-            }
-            return;
+        for (int i = 0; i < kWords / 4; ++i) {
+            const uint4 loaded = __ldg(source + i);
+            words[4 * i] = loaded.x, words[4 * i + 1] = loaded.y;
+            words[4 * i + 2] = loaded.z, words[4 * i + 3] = loaded.w;
         }
+    }
+
+    // From any place; what lies beyond the row is zero.
+    __device__ __forceinline__ void load_part(const T* row, int64_t first, int64_t columns) {
+        const int count = static_cast<int>(min(columns - first, int64_t{16}));
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
-            const uint32_t bits = first + i < columns ? bits_of(row[first + i]) : 0;
+            const uint32_t bits = i < count ? bits_of(row[first + i]) : 0;
             if constexpr (sizeof(T) == 4)
                 words[i] = bits;
             else if (i % 2)

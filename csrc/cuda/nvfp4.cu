@@ -92,69 +92,75 @@ __device__ __forceinline__ uint2 quantize_by_search(const Block16<T>& block, flo
 }
 
 // A warp takes 32 neighbouring blocks of a row, a thread kRows rows with all of their loads in flight, and the four
-// warps the rows r, r + 32, r + 64 and r + 96: together 16 neighbouring bytes of the swizzled scales.
-template <class T, bool kSearch>
+// warps the rows r, r + 32, r + 64 and r + 96: together 16 neighbouring bytes of the swizzled scales. `kWhole`: every
+// block starts at a multiple of 16 bytes and lies inside the matrix.
+template <class T, bool kSearch, bool kWhole>
 __global__ void __launch_bounds__(kThreads, kSearch ? 5 : 7)
-    quantize_kernel(Layout layout, uint32_t spans, bool aligned, const float* amax, float coherence) {
+    quantize_kernel(Layout layout, uint32_t spans, const float* amax, float coherence) {
     constexpr int kRows = kSearch ? 1 : kRowsOf<T>;
     constexpr int kShares = 32 / kRows;
     __shared__ uint4 staged[kSpanTiles][kRows];
-    const uint32_t span = blockIdx.x % spans, share = blockIdx.x / spans % kShares;
-    const int64_t tile_row = blockIdx.x / spans / kShares;
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int64_t first_row = tile_row * nvfp4::kTileRows + warp * 32 + share * kRows;
-    const int64_t b = int64_t{span} * kWarp + lane;
+    const uint32_t share = blockIdx.x / spans % kShares, tile_row = blockIdx.x / spans / kShares;
+    const uint32_t span = blockIdx.x % spans, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const uint32_t b = span * kWarp + lane;
+    const int64_t matrix = blockIdx.y, first_row = int64_t{tile_row} * nvfp4::kTileRows + warp * 32 + share * kRows;
+    // Rows of this thread that hold weights, and rows that hold codes.
+    const int full = b < layout.blocks ? static_cast<int>(min(layout.x.rows - first_row, int64_t{kRows})) : 0;
+    const int coded = b < layout.blocks ? static_cast<int>(min(layout.code_rows - first_row, int64_t{kRows})) : 0;
 
-    for (int64_t matrix = blockIdx.y; matrix < layout.x.batch; matrix += gridDim.y) {
-        const float outer =
-            layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(amax[matrix]);
-        if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = outer;
-        const Quotient by_outer(outer);
-        const T* const x = static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride;
-        uint2* const codes = reinterpret_cast<uint2*>(layout.codes) + matrix * layout.code_rows * layout.blocks + b;
+    const T* const x =
+        static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride + first_row * layout.x.row_stride;
+    Block16<T> blocks[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+        if (i < full) {
+            if constexpr (kWhole)
+                blocks[i].load(x + i * layout.x.row_stride + b * kBlock);
+            else
+                blocks[i].load_part(x + i * layout.x.row_stride, int64_t{b} * kBlock, layout.x.columns);
+        }
 
-        Block16<T> blocks[kRows];
+    const float outer =
+        layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(amax[matrix]);
+    if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = outer;
+    const Quotient by_outer(outer, __frcp_rn(outer));
+    uint2* const codes =
+        reinterpret_cast<uint2*>(layout.codes) + (matrix * layout.code_rows + first_row) * layout.blocks + b;
 #pragma unroll
-        for (int i = 0; i < kRows; ++i)
-            if (b < layout.blocks && first_row + i < layout.x.rows)
-                blocks[i].load(x + (first_row + i) * layout.x.row_stride, b * kBlock, layout.x.columns, aligned);
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            const int64_t row = first_row + i;
-            uint32_t scale = 0;
-            if (b < layout.blocks && row < layout.code_rows) {
-                uint2 found = make_uint2(0, 0);
-                if (row < layout.x.rows)
-                    found = kSearch ? quantize_by_search(blocks[i], outer, coherence, scale)
-                                    : quantize_by_rule(blocks[i], by_outer, outer, scale);
-                codes[row * layout.blocks] = found;
-            }
-            reinterpret_cast<uint8_t*>(&staged[lane / 4][i])[warp * 4 + lane % 4] = static_cast<uint8_t>(scale);
-        }
-        __syncthreads();
-        const int64_t tile = int64_t{span} * kSpanTiles + threadIdx.x / kRows;
-        if (threadIdx.x < kSpanTiles * kRows && tile < layout.column_tiles) {
-            const int64_t place = (matrix * layout.row_tiles + tile_row) * layout.column_tiles + tile;
-            uint4* const target = reinterpret_cast<uint4*>(layout.scales + place * kTile) + share * kRows;
-            target[threadIdx.x % kRows] = staged[threadIdx.x / kRows][threadIdx.x % kRows];
-        }
-        __syncthreads();
+    for (int i = 0; i < kRows; ++i) {
+        uint32_t scale = 0;
+        if (i < full)
+            codes[i * layout.blocks] = kSearch ? quantize_by_search(blocks[i], outer, coherence, scale)
+                                               : quantize_by_rule(blocks[i], by_outer, outer, scale);
+        else if (i < coded)
+            codes[i * layout.blocks] = make_uint2(0, 0);
+        reinterpret_cast<uint8_t*>(&staged[lane / 4][i])[warp * 4 + lane % 4] = static_cast<uint8_t>(scale);
+    }
+    __syncthreads();
+    const int64_t tile = int64_t{span} * kSpanTiles + threadIdx.x / kRows;
+    if (threadIdx.x < kSpanTiles * kRows && tile < layout.column_tiles) {
+        const int64_t place = (matrix * layout.row_tiles + tile_row) * layout.column_tiles + tile;
+        uint4* const target = reinterpret_cast<uint4*>(layout.scales + place * kTile) + share * kRows;
+        target[threadIdx.x % kRows] = staged[threadIdx.x / kRows][threadIdx.x % kRows];
     }
 }
 
 template <class T, bool kSearch>
 void run(const Layout& layout, float* amax, float coherence, uintptr_t stream) {
     const bool aligned = is_aligned<T>(layout.x);
-    const unsigned matrices = static_cast<unsigned>(std::min(layout.x.batch, kMaxGridY));
+    require(layout.x.batch <= kMaxGridY, "quantize_nvfp4: too many matrices for one launch");
+    const auto matrices = static_cast<unsigned>(layout.x.batch);
     if (!layout.given_scale) {
         const auto blocks = static_cast<unsigned>(std::min((layout.x.rows + kWarps - 1) / kWarps, kAmaxBlocks));
         launch(kOperation, amax_kernel<T>, dim3(blocks, matrices), dim3(kThreads), stream, layout, aligned, amax);
     }
     const int64_t spans = (layout.column_tiles + kSpanTiles - 1) / kSpanTiles;
     const int64_t blocks = layout.row_tiles * (kSearch ? 32 : 32 / kRowsOf<T>)*spans;
-    require(blocks <= kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
-    launch(kOperation, quantize_kernel<T, kSearch>, dim3(static_cast<unsigned>(blocks), matrices), dim3(kThreads),
-           stream, layout, static_cast<uint32_t>(spans), aligned, amax, coherence);
+    require(blocks <= kMaxGridX && layout.blocks < kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
+    const bool whole = aligned && layout.blocks * kBlock == layout.x.columns;
+    const auto kernel = whole ? quantize_kernel<T, kSearch, true> : quantize_kernel<T, kSearch, false>;
+    launch(kOperation, kernel, dim3(static_cast<unsigned>(blocks), matrices), dim3(kThreads), stream, layout,
+           static_cast<uint32_t>(spans), amax, coherence);
 }
 
 template <class T>
@@ -188,7 +194,7 @@ std::string refusal(int device_index) {
     if (status == cudaSuccess && device_index < count) {
         const DeviceGuard guard(device_index, "refusal");
         cudaFuncAttributes attributes;
-        status = cudaFuncGetAttributes(&attributes, quantize_kernel<float, false>);
+        status = cudaFuncGetAttributes(&attributes, quantize_kernel<float, false, true>);
     }
     // The next call must not find this error.
     cudaGetLastError();
