@@ -18,6 +18,12 @@ using WithoutGil = py::call_guard<py::gil_scoped_release>;
 PYBIND11_MODULE(_native, m) {
     m.attr("interface") = kInterface;
     m.def("quantize_nvfp4_cpu", &lrq::cpu::quantize_nvfp4, WithoutGil());
+    m.def("amax_cpu", &lrq::cpu::amax, WithoutGil());
+    m.def("quantize_fp8_cpu", &lrq::cpu::quantize_fp8, WithoutGil());
+    m.def("dequantize_fp8_cpu", &lrq::cpu::dequantize_fp8, WithoutGil());
+    m.def("quantize_int8_cpu", &lrq::cpu::quantize_int8, WithoutGil());
+    m.def("dequantize_int8_cpu", &lrq::cpu::dequantize_int8, WithoutGil());
+    m.def("rotate_hadamard_cpu", &lrq::cpu::rotate_hadamard, WithoutGil());
 #ifdef LRQ_CUDA
     m.attr("has_cuda") = true;
     m.def("cuda_refusal", &lrq::cuda::refusal, WithoutGil());

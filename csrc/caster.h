@@ -13,7 +13,7 @@ inline Type type_named(const std::string& name) {
     static constexpr std::pair<const char*, Type> kTypes[] = {
         {"torch.float32", Type::kFloat32},          {"torch.bfloat16", Type::kBFloat16},
         {"torch.float16", Type::kFloat16},          {"torch.uint8", Type::kUInt8},
-        {"torch.float8_e4m3fn", Type::kFloat8E4M3},
+        {"torch.float8_e4m3fn", Type::kFloat8E4M3}, {"torch.int8", Type::kInt8},
     };
     for (const auto& [known, type] : kTypes)
         if (name == known) return type;

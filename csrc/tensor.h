@@ -7,7 +7,7 @@
 
 namespace lrq {
 
-enum class Type { kFloat32, kBFloat16, kFloat16, kUInt8, kFloat8E4M3, kOther };
+enum class Type { kFloat32, kBFloat16, kFloat16, kUInt8, kFloat8E4M3, kInt8, kOther };
 
 constexpr int kMaxDimensions = 3;
 

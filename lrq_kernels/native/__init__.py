@@ -20,4 +20,4 @@ if getattr(_native, "interface", None) != INTERFACE:
 if not _native.has_cuda:
     unavailable("cuda", "this build has no CUDA part")
 
-from lrq_kernels.native import nvfp4  # noqa: E402, F401  (they need the extension that was looked for above)
+from lrq_kernels.native import amax, fp8, hadamard, int8, nvfp4  # noqa: E402, F401  (they need the extension that was looked for above)
