@@ -25,6 +25,12 @@ PYBIND11_MODULE(_native, m) {
     m.def("unpack_fp4_cpu", &lrq::cpu::unpack_fp4, WithoutGil());
     m.def("swizzle_scales_cpu", &lrq::cpu::swizzle_scales, WithoutGil());
     m.def("unswizzle_scales_cpu", &lrq::cpu::unswizzle_scales, WithoutGil());
+    m.def("amax_cpu", &lrq::cpu::amax, WithoutGil());
+    m.def("quantize_fp8_cpu", &lrq::cpu::quantize_fp8, WithoutGil());
+    m.def("dequantize_fp8_cpu", &lrq::cpu::dequantize_fp8, WithoutGil());
+    m.def("quantize_int8_cpu", &lrq::cpu::quantize_int8, WithoutGil());
+    m.def("dequantize_int8_cpu", &lrq::cpu::dequantize_int8, WithoutGil());
+    m.def("rotate_hadamard_cpu", &lrq::cpu::rotate_hadamard, WithoutGil());
 #ifdef LRQ_CUDA
     m.attr("has_cuda") = true;
     m.def("cuda_refusal", &lrq::cuda::refusal, WithoutGil());

@@ -29,6 +29,21 @@ void swizzle_scales(const Tensor& scales, const Tensor& out, int threads);
 // `swizzled` is contiguous.
 void unswizzle_scales(const Tensor& swizzled, const Tensor& out, int threads);
 
+void amax(const Tensor& x, const Tensor& out, int threads);
+
+// `group` of a rotation is 0 if there is none.
+void quantize_fp8(const Tensor& x, const std::string& scaling, int64_t block, const std::optional<Tensor>& given_scale,
+                  const Tensor& codes, const Tensor& scale, int threads);
+
+void dequantize_fp8(const Tensor& codes, const Tensor& scale, const Tensor& out, int threads);
+
+void quantize_int8(const Tensor& x, const std::string& scaling, int64_t block, const std::optional<Tensor>& given_scale,
+                   int group, const Tensor& codes, const Tensor& scale, int threads);
+
+void dequantize_int8(const Tensor& codes, const Tensor& scale, int group, const Tensor& out, int threads);
+
+void rotate_hadamard(const Tensor& x, int group, const Tensor& out, int threads);
+
 }  // namespace lrq::cpu
 
 namespace lrq::cuda {

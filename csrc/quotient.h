@@ -1,13 +1,12 @@
-// Quotients of many dividends by one divisor without a division each; host and device.
+// Quotients by one divisor without a division each (Markstein, "Computation of elementary functions on the IBM RISC
+// System/6000 processor", 1990), for callers that round them onto a coarse grid; host and device.
 #pragma once
-
-#include <math.h>
 
 #include "minifloat.h"
 
 namespace lrq {
 
-LRQ_INLINE float multiply_add(float a, float b, float c) {
+LRQ_INLINE float fused(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
     return __fmaf_rn(a, b, c);
 #else
@@ -15,24 +14,28 @@ LRQ_INLINE float multiply_add(float a, float b, float c) {
 #endif
 }
 
-// The correctly rounded w / divisor, from its correctly rounded reciprocal. Tried against division for every mantissa
-// of the divisor and all w within 4 ulp of the ties of E2M1, E4M3 and the integers up to 127, and for every w with the
-// divisors 6, 127, 448 and 2688 (tests/lrq_kernels/test_quotient.py runs a share of it).
+// `of` lies on the same side of every tie of E2M1, of E4M3 and of the integers to 127, or on it, as the correctly
+// rounded quotient, and keeps the sign of zero: tests/lrq_kernels/quotient.cpp compares the two. Where not `safe`, the
+// caller divides: the remainder could underflow, or the quotient overflow. One test for all the weights of a divisor.
 class Quotient {
   public:
-    LRQ_INLINE explicit Quotient(float divisor) : divisor_(divisor), reciprocal_(divide(1.0f, divisor)) {}
-    LRQ_INLINE Quotient(float divisor, float reciprocal) : divisor_(divisor), reciprocal_(reciprocal) {}
+    // `largest` bounds the magnitude of every dividend.
+    LRQ_INLINE Quotient(float divisor, float largest)
+        : divisor_(divisor),
+          reciprocal_(divide(1.0f, divisor)),
+          safe_(divisor >= 0x1p-80f && divisor <= 0x1p80f && largest * reciprocal_ <= 0x1p100f) {}
 
-    // Whether the remainder is exact for quotients of 2^-6 and more; smaller ones may be off in the last place.
-    LRQ_INLINE bool safe() const { return divisor_ > 0x1p-80f && divisor_ < 0x1p80f; }
+    LRQ_INLINE bool safe() const { return safe_; }
 
-    LRQ_INLINE float operator()(float w) const {
-        const float near = w * reciprocal_;
-        return multiply_add(multiply_add(-near, divisor_, w), reciprocal_, near);
+    // Signs are such that -0 stays -0.
+    LRQ_INLINE float of(float dividend) const {
+        const float near = dividend * reciprocal_;
+        return fused(-fused(near, divisor_, -dividend), reciprocal_, near);
     }
 
   private:
     float divisor_, reciprocal_;
+    bool safe_;
 };
 
 }  // namespace lrq

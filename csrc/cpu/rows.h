@@ -8,6 +8,9 @@ namespace lrq::cpu {
 
 void read_row(const Matrix& x, int64_t matrix, int64_t row, float* out);
 
+// The row of that index in a contiguous output.
+void write_row(const float* row, int64_t columns, Type type, void* out, int64_t index);
+
 float row_amax(const float* row, int64_t columns);
 
 // The order of the bits of non-negative floats is their order, and integers vectorise.

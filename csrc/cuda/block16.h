@@ -166,7 +166,8 @@ __device__ __forceinline__ float approximate_reciprocal(float value) {
 template <bool kSaturate, class T>
 __device__ __forceinline__ uint2 encode_e2m1x16(const Block16<T>& block, float scale) {
     if (is_ambiguous<T>(scale)) {
-        const Quotient quotient(scale, __frcp_rn(scale));
+        const Quotient by_scale(scale, 0.0f);
+        const auto quotient = [&](float w) { return by_scale.of(w); };
         return make_uint2(encode_e2m1x8<kSaturate>(block, 0, quotient), encode_e2m1x8<kSaturate>(block, 8, quotient));
     }
     const float reciprocal = approximate_reciprocal(scale);

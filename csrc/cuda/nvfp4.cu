@@ -67,7 +67,7 @@ template <class T>
 __device__ __forceinline__ uint2 quantize_by_rule(const Block16<T>& block, const Quotient& by_outer, float outer,
                                                   uint32_t& scale) {
     const float most = block.amax();
-    const float ratio = by_outer(Quotient(kE2M1Max, 1.0f / kE2M1Max)(most));
+    const float ratio = by_outer.of(Quotient(kE2M1Max, 0.0f).of(most));
     if (by_outer.safe() && most > 0x1p-60f && ratio >= 0x1p-6f && ratio <= kE4M3Max) {
         scale = encode_e4m3(ratio);
         // The scale is rounded by at most a sixteenth: no weight reaches 7.
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kSearch ? 5 : 7)
     const float outer =
         layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(amax[matrix]);
     if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = outer;
-    const Quotient by_outer(outer, __frcp_rn(outer));
+    const Quotient by_outer(outer, 0.0f);
     uint2* const codes =
         reinterpret_cast<uint2*>(layout.codes) + (matrix * layout.code_rows + first_row) * layout.blocks + b;
 #pragma unroll

@@ -20,4 +20,5 @@ if getattr(_native, "interface", None) != INTERFACE:
 if not _native.has_cuda:
     unavailable("cuda", "this build has no CUDA part")
 
-from lrq_kernels.native import fp4, mxfp8, nvfp4, swizzle  # noqa: E402, F401  (they need the extension that was looked for above)
+# They need the extension that was looked for above.
+from lrq_kernels.native import amax, fp4, fp8, hadamard, int8, mxfp8, nvfp4, swizzle  # noqa: E402, F401

@@ -1,0 +1,15 @@
+"""Largest magnitude in C++ and CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrq_kernels import _native
+from lrq_kernels.dispatch import kernel
+from lrq_kernels.native.memory import on_cpu, on_cuda, stream_of, with_contiguous_columns
+
+
+@kernel("amax", backend="cpu", accepts=on_cpu)
+def amax_cpu(x: Tensor, out: Tensor) -> None:
+    _native.amax_cpu(with_contiguous_columns(x), out, torch.get_num_threads())

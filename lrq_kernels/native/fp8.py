@@ -1,0 +1,24 @@
+"""FP8 in C++ and CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrq_kernels import _native
+from lrq_kernels.dispatch import kernel
+from lrq_kernels.native.memory import on_cpu, on_cuda, stream_of, with_contiguous_columns
+
+
+@kernel("quantize_fp8", backend="cpu", accepts=on_cpu)
+def quantize_fp8_cpu(
+    x: Tensor, scaling: str, block: int, given_scale: Tensor | None, codes: Tensor, scale: Tensor
+) -> None:
+    threads = torch.get_num_threads()
+    _native.quantize_fp8_cpu(with_contiguous_columns(x), scaling, block, given_scale, codes, scale, threads)
+
+
+@kernel("dequantize_fp8", backend="cpu", accepts=on_cpu)
+def dequantize_fp8_cpu(codes: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor) -> None:
+    threads = torch.get_num_threads()
+    _native.dequantize_fp8_cpu(with_contiguous_columns(codes), scale.contiguous(), out, threads)
