@@ -39,7 +39,9 @@ struct Expanding {
     static constexpr int kVector = sizeof(uint4) / sizeof(T);
     static constexpr int kBytes = kVector * Format::kBits / 8;
     static constexpr int kTileWidth = kTileColumns * Format::kBlock;
-    using Place = cuda::Place<kExpandThreads, kTileWidth / kVector>;
+    // A warp writes neighbouring memory only.
+    static constexpr int kLanes = kTileWidth / kVector;
+    using Place = cuda::Place < kExpandThreads, kLanes, kLanes<32 ? 32 / kLanes : 1>;
 };
 
 // `Format` holds kBlock, kBits (of a code), scale(byte, tensor_scale) and decode(words, pair, even, odd).
@@ -51,7 +53,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout
     const typename Shape::Place place(layout.column_tiles);
     const uint32_t within = place.lane * kVector;
     const int64_t first = int64_t{place.tile_column} * Shape::kTileWidth + within;
-    if (first >= layout.columns) return;
+    if (!place.inside || first >= layout.columns) return;
     const int64_t tiles = layout.row_tiles * layout.column_tiles;
     const int rows_left = place.rows_left(layout.rows), columns_left = place.columns_left(layout.columns, first);
     const int64_t matrix = matrix_of_block();
@@ -96,7 +98,7 @@ void expand_as(const Expansion& layout, uintptr_t stream, const char* operation)
     const auto misaligned = reinterpret_cast<uintptr_t>(layout.codes) | reinterpret_cast<uintptr_t>(layout.scales);
     const bool aligned_out =
         reinterpret_cast<uintptr_t>(layout.out) % sizeof(uint4) == 0 && layout.columns % Shape::kVector == 0;
-    const dim3 grid = Shape::Place::grid(layout.row_tiles * layout.column_tiles, layout.batch, operation);
+    const dim3 grid = Shape::Place::grid(layout.row_tiles, layout.column_tiles, layout.batch, operation);
     launch(operation, expand_kernel<Format, T>, grid, dim3(kExpandThreads), stream, layout,
            misaligned % sizeof(uint4) == 0, aligned_out);
 }

@@ -114,16 +114,16 @@ __global__ void __launch_bounds__(kSearchThreads) search_kernel(Layout layout, b
 template <class T>
 void run(const Layout& layout, std::optional<double> coherence, uintptr_t stream) {
     const bool aligned = is_aligned<T>(layout.x);
-    const int64_t tiles = layout.row_tiles * layout.column_tiles;
     if (!coherence) {
-        launch(kOperation, quantize_kernel<T>, Shared::grid(tiles, layout.x.batch, kOperation), dim3(kThreads), stream,
+        launch(kOperation, quantize_kernel<T>,
+               Shared::grid(layout.row_tiles, layout.column_tiles, layout.x.batch, kOperation), dim3(kThreads), stream,
                layout, aligned);
         return;
     }
     using Alone = Place<kSearchThreads, kTileColumns * kTileSteps>;
     static_assert(Alone::kShares == kSearchShares);
-    launch(kOperation, search_kernel<T>, Alone::grid(tiles, layout.x.batch, kOperation), dim3(kSearchThreads), stream,
-           layout, aligned, static_cast<float>(*coherence));
+    launch(kOperation, search_kernel<T>, Alone::grid(layout.row_tiles, layout.column_tiles, layout.x.batch, kOperation),
+           dim3(kSearchThreads), stream, layout, aligned, static_cast<float>(*coherence));
 }
 
 struct Mxfp8 {

@@ -100,8 +100,10 @@ __global__ void __launch_bounds__(kThreads, kSearch ? 5 : 7)
     constexpr int kRows = kSearch ? 1 : kRowsOf<T>;
     constexpr int kShares = 32 / kRows;
     __shared__ uint4 staged[kSpanTiles][kRows];
-    const uint32_t share = blockIdx.x / spans % kShares, tile_row = blockIdx.x / spans / kShares;
-    const uint32_t span = blockIdx.x % spans, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    // Backwards: the end of the matrix is what the pass over amax left in the L2 cache.
+    const uint32_t part = gridDim.x - 1 - blockIdx.x;
+    const uint32_t share = part / spans % kShares, tile_row = part / spans / kShares;
+    const uint32_t span = part % spans, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const uint32_t b = span * kWarp + lane;
     const int64_t matrix = blockIdx.y, first_row = int64_t{tile_row} * nvfp4::kTileRows + warp * 32 + share * kRows;
     // Rows of this thread that hold weights, and rows that hold codes.

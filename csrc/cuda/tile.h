@@ -15,19 +15,23 @@ constexpr int64_t kMaxGridY = 65535;
 // A loop over matrices would have what only its rare branches need computed before it.
 __device__ __forceinline__ int64_t matrix_of_block() { return blockIdx.z * int64_t{gridDim.y} + blockIdx.y; }
 
-// `kLanes` threads cover a row of a tile, `kShares` thread blocks a tile.
-template <int kThreads, int kLanes>
+// `kLanes` threads cover a row of a tile, a thread block the rows of kAside tiles side by side, and `kShares` thread
+// blocks such tiles. Where the tiles of a row are no multiple of kAside, the last are not `inside`.
+template <int kThreads, int kLanes, int kAside = 1>
 struct Place {
-    static constexpr int kRowsAtOnce = kThreads / kLanes;
+    static constexpr int kRowsAtOnce = kThreads / (kLanes * kAside);
     static constexpr int kShares = kTileStep / kRowsAtOnce;
-    static_assert(kThreads % kLanes == 0 && kTileStep % kRowsAtOnce == 0);
+    static_assert(kThreads % (kLanes * kAside) == 0 && kTileStep % kRowsAtOnce == 0);
 
-    __device__ __forceinline__ explicit Place(int64_t column_tiles) : tile(blockIdx.x / kShares) {
-        const uint32_t columns = static_cast<uint32_t>(column_tiles);
-        tile_row = tile / columns;
-        tile_column = tile - tile_row * columns;
+    __device__ __forceinline__ explicit Place(int64_t column_tiles) {
+        const uint32_t columns = static_cast<uint32_t>(column_tiles), spans = (columns + kAside - 1) / kAside;
+        const uint32_t part = blockIdx.x / kShares;
+        tile_row = part / spans;
+        tile_column = (part - tile_row * spans) * kAside + threadIdx.x / kLanes % kAside;
+        inside = tile_column < columns;
+        tile = int64_t{tile_row} * columns + tile_column;
         lane = threadIdx.x % kLanes;
-        step_row = blockIdx.x % kShares * kRowsAtOnce + threadIdx.x / kLanes;
+        step_row = blockIdx.x % kShares * kRowsAtOnce + threadIdx.x / (kLanes * kAside);
     }
 
     __device__ __forceinline__ int64_t first_row() const { return int64_t{tile_row} * kTileRows + step_row; }
@@ -45,14 +49,17 @@ struct Place {
         return (matrix * tiles + tile) * kTile + step_row * kTileVector;
     }
 
-    static dim3 grid(int64_t tiles, int64_t batch, const char* operation) {
+    static dim3 grid(int64_t row_tiles, int64_t column_tiles, int64_t batch, const char* operation) {
+        const int64_t tiles = row_tiles * ((column_tiles + kAside - 1) / kAside);
         require(tiles * kShares <= kMaxGridX, std::string(operation) + ": the matrix is too large for one launch");
         const int64_t along_y = std::min(batch, kMaxGridY);
         return dim3(static_cast<unsigned>(tiles * kShares), static_cast<unsigned>(along_y),
                     static_cast<unsigned>((batch + along_y - 1) / along_y));
     }
 
-    uint32_t tile, tile_row, tile_column, lane, step_row;
+    int64_t tile;
+    uint32_t tile_row, tile_column, lane, step_row;
+    bool inside;
 };
 
 template <int kBytes>
