@@ -103,8 +103,13 @@ constexpr int kE4M3LastCode = 126;
 // adding rounds. Free of branches, which the search would mispredict.
 LRQ_INLINE float nearest_e2m1(float value) {
     const float bounded = value < kE2M1Max ? value : kE2M1Max;
+#ifdef __CUDA_ARCH__
+    const int exponent = static_cast<int>(to_bits(bounded) & 0x7f800000u);
+    const float shift = __int_as_float(__viaddmax_s32(exponent, 22 << 23, (127 + 22) << 23));
+#else
     const float octave = from_bits(to_bits(bounded) & 0x7f800000u);
     const float shift = (octave > 1.0f ? octave : 1.0f) * 0x1p22f;
+#endif
     return (bounded + shift) - shift;
 }
 

@@ -26,7 +26,9 @@ struct Layout {
     float* tensor_scale;
 };
 
+template <int kZeros_>
 struct Candidates {
+    static constexpr int kZeros = kZeros_;
     static constexpr int kSize = kBlock;
     static constexpr int kFirst = 1;
     static constexpr int kLast = kE4M3LastCode;
@@ -36,9 +38,9 @@ struct Candidates {
     static constexpr float kZeroBelow = 0.25f;
 
     static LRQ_INLINE float nearest(float y) { return nearest_e2m1(y); }
-    LRQ_INLINE float scale(int code) const { return tensor_scale * decode_e4m3(code); }
+    LRQ_INLINE float scale(int code) const { return tensor_scale * decode_e4m3(code) * unit; }
 
-    float tensor_scale;
+    float tensor_scale, unit;
 };
 
 LRQ_INLINE float scale_of_amax(float amax) {
@@ -51,14 +53,19 @@ LRQ_INLINE uint32_t ruled_scale(float amax, float tensor_scale) {
     return encode_e4m3(ratio < kE4M3Max ? ratio : kE4M3Max);
 }
 
+template <int kZeros>
 LRQ_INLINE uint32_t best_scale(const float (&block)[kBlock], float amax, float tensor_scale, float coherence) {
-    const Candidates candidates{tensor_scale};
     const uint32_t ruled = ruled_scale(amax, tensor_scale);
     const int code = ruled ? static_cast<int>(ruled) : 1;
-    const float scale = candidates.scale(code);
+    const float scale = tensor_scale * decode_e4m3(code);
     if (!(amax > 0.0f && scale > 0.0f)) return 0;
     const int start = code + (divide(amax, scale) > kE2M1Max ? 1 : 0);
-    Search<Candidates> search(block, amax, coherence, candidates);
+    // Reciprocals of scales must be finite.
+    const float unit = tensor_scale < 0x1p-80f ? 0x1p80f : 1.0f;
+    float magnitudes[kBlock];
+    LRQ_UNROLL
+    for (int i = 0; i < kBlock; ++i) magnitudes[i] = magnitude(block[i]) * unit;
+    Search<Candidates<kZeros>> search(magnitudes, amax * unit, coherence, {tensor_scale, unit});
     return search.best_code(start < kE4M3LastCode ? start : kE4M3LastCode);
 }
 

@@ -33,9 +33,40 @@ class Quotient {
         return fused(-fused(near, divisor_, -dividend), reciprocal_, near);
     }
 
+    // The correctly rounded quotient of any dividend: the first correction makes it faithful, the second exact. On a
+    // CPU dividing is as fast.
+    LRQ_INLINE float exact(float dividend) const {
+#ifdef __CUDA_ARCH__
+        const float near = of(dividend);
+        return fused(-fused(near, divisor_, -dividend), reciprocal_, near);
+#else
+        return dividend / divisor_;
+#endif
+    }
+
   private:
     float divisor_, reciprocal_;
     bool safe_;
 };
+
+// Whether w * (1/divisor), from a reciprocal that is off by an ulp at most, may round to another E2M1 value than
+// w / divisor, for any w whose mantissa ends in `kZeros` zeros (16 for bfloat16, 13 for float16, 0: unknown). It can't
+// unless w lies within 4 ulp of a tie times the divisor; such weights are sparse, and ties are 1, 1.25, 1.5 or 1.75
+// times a power of two.
+template <int kZeros>
+LRQ_INLINE bool may_cross_tie(float divisor) {
+    if constexpr (kZeros == 0) {
+        return true;
+    } else {
+        constexpr uint32_t kMargin = 8;
+        uint32_t least = 0xffffffffu;
+        LRQ_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t above = (to_bits(divisor * (1.0f + 0.25f * i)) + kMargin) << (32 - kZeros);
+            least = above < least ? above : least;
+        }
+        return least <= 2 * kMargin << (32 - kZeros);
+    }
+}
 
 }  // namespace lrq

@@ -2,7 +2,7 @@
 // lrq_kernels/reference/search.py, which derives them; host and device.
 #pragma once
 
-#include "minifloat.h"
+#include "quotient.h"
 
 namespace lrq {
 
@@ -19,17 +19,18 @@ LRQ_INLINE float tree_sum(const float (&terms)[kSize]) {
     }
 }
 
-// `Candidates` holds kSize, kFirst, kLast, kOctave, kDoublesFrom, kLargest, kZeroBelow, nearest(y) and scale(code).
+// `Candidates` holds kZeros (of quotient.h), kSize, kFirst, kLast, kOctave, kDoublesFrom, kLargest, kZeroBelow,
+// nearest(y) and scale(code).
 template <class Candidates>
 class Search {
   public:
     // The objective is even in W: only magnitudes enter, and the signs of zero sums cancel in squares.
-    LRQ_INLINE Search(const float (&block)[Candidates::kSize], float amax, float coherence, Candidates candidates)
-        : block_(block), amax_(amax), candidates_(candidates) {
+    LRQ_INLINE Search(const float (&magnitudes)[Candidates::kSize], float amax, float coherence, Candidates candidates)
+        : magnitudes_(magnitudes), amax_(amax), by_amax_(amax, amax), candidates_(candidates) {
         float squares[kSize];
         LRQ_UNROLL
         for (int i = 0; i < kSize; ++i) {
-            const float relative = divide(magnitude(block[i]), amax);
+            const float relative = over_amax(magnitudes[i]);
             squares[i] = relative * relative;
         }
         gain_ = divide(coherence, tree_sum(squares));
@@ -47,17 +48,35 @@ class Search {
     // The bounds hold in exact arithmetic; this much of them is given up to float32.
     static constexpr float kSlack = 0.999f;
 
+    LRQ_INLINE float over_amax(float value) const {
+        return by_amax_.safe() ? by_amax_.exact(value) : divide(value, amax_);
+    }
+
     LRQ_INLINE float visit(int code) {
         const float scale = candidates_.scale(code);
+        const float inverse = divide(1.0f, scale);
         float squares[kSize], products[kSize];
-        LRQ_UNROLL
-        for (int i = 0; i < kSize; ++i) {
-            const float y = divide(magnitude(block_[i]), scale);
-            const float error = Candidates::nearest(y) - y;
-            squares[i] = error * error;
-            products[i] = error * y;
+#ifdef __CUDA_ARCH__
+        if (!may_cross_tie<Candidates::kZeros>(scale)) {
+            LRQ_UNROLL
+            for (int i = 0; i < kSize; ++i) {
+                const float y = magnitudes_[i] * inverse;
+                const float error = Candidates::nearest(y) - y;
+                squares[i] = error * error;
+                products[i] = error * y;
+            }
+        } else
+#endif
+        {
+            LRQ_UNROLL
+            for (int i = 0; i < kSize; ++i) {
+                const float y = magnitudes_[i] * inverse;
+                const float error = Candidates::nearest(divide(magnitudes_[i], scale)) - y;
+                squares[i] = error * error;
+                products[i] = error * y;
+            }
         }
-        const float ratio = divide(scale, amax_);
+        const float ratio = over_amax(scale);
         const float square = ratio * ratio;
         const float plain = square * tree_sum(squares);
         const float along = tree_sum(products);
@@ -78,26 +97,28 @@ class Search {
         float bounds[kOctave];
         LRQ_UNROLL
         for (int i = 0; i < kOctave; ++i) bounds[i] = -INFINITY;
+        const int unbounded = code + kOctave;
         for (bool any = true; any && code <= Candidates::kLast; ++code) {
             float bound = bounds[0];
             if (can_win(bound)) {
                 const float plain = visit(code);
                 bound = code + kOctave >= Candidates::kDoublesFrom ? plain : -INFINITY;
             }
-            any = can_win(bound);
             LRQ_UNROLL
-            for (int i = 1; i < kOctave; ++i) {
-                any |= can_win(bounds[i]);
-                bounds[i - 1] = bounds[i];
-            }
+            for (int i = 1; i < kOctave; ++i) bounds[i - 1] = bounds[i];
             bounds[kOctave - 1] = bound;
+            // The first octave is visited whatever its errors.
+            if (code + 1 < unbounded) continue;
+            any = false;
+            LRQ_UNROLL
+            for (int i = 0; i < kOctave; ++i) any |= can_win(bounds[i]);
         }
     }
 
     // Below amax the largest weight alone costs (1 - max * scale/amax)^2, which grows as the scale falls.
     LRQ_INLINE void downwards(int code) {
         for (; code >= Candidates::kFirst; --code) {
-            const float ratio = divide(candidates_.scale(code), amax_);
+            const float ratio = over_amax(candidates_.scale(code));
             const float open = 1.0f - Candidates::kLargest * ratio;
             const float clipped = open > 0.0f ? open : 0.0f;
             if (!can_win(clipped * clipped)) return;
@@ -105,8 +126,9 @@ class Search {
         }
     }
 
-    const float (&block_)[kSize];
+    const float (&magnitudes_)[kSize];
     float amax_;
+    Quotient by_amax_;
     Candidates candidates_;
     float gain_;
     float best_ = INFINITY;

@@ -143,18 +143,11 @@ __device__ __forceinline__ uint32_t encode_e2m1x8(const Block16<T>& block, int f
 #endif
 }
 
-// Whether a product with the approximate reciprocal might fall on the other side of a tie than the quotient. It can't
-// unless a weight lies within 4 ulp of a tie times the divisor; weights of 16 bits are sparse, the mantissas of ties
-// are 1, 1.25, 1.5 and 1.75.
+// Zeros at the end of the mantissa of every weight.
 template <class T>
-__device__ __forceinline__ bool is_ambiguous(float divisor) {
-    if constexpr (sizeof(T) == 4) return true;
-    constexpr int kMissing = std::is_same_v<T, BFloat16> ? 16 : 13;
-    const auto distance = [](float tie) { return (__float_as_uint(tie) + 8) << (32 - kMissing); };
-    const uint32_t least = min(min(distance(divisor), distance(divisor * 1.25f)),
-                               min(distance(divisor * 1.5f), distance(divisor * 1.75f)));
-    return least <= 16u << (32 - kMissing);
-}
+constexpr int kZeros = std::is_same_v<T, BFloat16>  ? 16
+                       : std::is_same_v<T, Float16> ? 13
+                                                    : 0;
 
 __device__ __forceinline__ float approximate_reciprocal(float value) {
     float reciprocal;
@@ -165,7 +158,7 @@ __device__ __forceinline__ float approximate_reciprocal(float value) {
 // The 16 codes at a scale between 2^-80 and 2^80.
 template <bool kSaturate, class T>
 __device__ __forceinline__ uint2 encode_e2m1x16(const Block16<T>& block, float scale) {
-    if (is_ambiguous<T>(scale)) {
+    if (may_cross_tie<kZeros<T>>(scale)) {
         const Quotient by_scale(scale, 0.0f);
         const auto quotient = [&](float w) { return by_scale.of(w); };
         return make_uint2(encode_e2m1x8<kSaturate>(block, 0, quotient), encode_e2m1x8<kSaturate>(block, 8, quotient));

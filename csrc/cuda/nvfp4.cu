@@ -86,7 +86,7 @@ __device__ __forceinline__ uint2 quantize_by_search(const Block16<T>& block, flo
         const float2 two = block.pair(i);
         weights[i] = two.x, weights[i + 1] = two.y;
     }
-    scale = nvfp4::best_scale(weights, block.amax(), outer, coherence);
+    scale = nvfp4::best_scale<kZeros<T>>(weights, block.amax(), outer, coherence);
     const float total = outer * decode_e4m3(scale);
     return total > 0x1p-80f && total < 0x1p80f ? encode_e2m1x16<true>(block, total) : divided_codes(block, total);
 }
@@ -95,7 +95,7 @@ __device__ __forceinline__ uint2 quantize_by_search(const Block16<T>& block, flo
 // warps the rows r, r + 32, r + 64 and r + 96: together 16 neighbouring bytes of the swizzled scales. `kWhole`: every
 // block starts at a multiple of 16 bytes and lies inside the matrix.
 template <class T, bool kSearch, bool kWhole>
-__global__ void __launch_bounds__(kThreads, kSearch ? 5 : 7)
+__global__ void __launch_bounds__(kThreads, kSearch ? 4 : 7)
     quantize_kernel(Layout layout, uint32_t spans, const float* amax, float coherence) {
     constexpr int kRows = kSearch ? 1 : kRowsOf<T>;
     constexpr int kShares = 32 / kRows;

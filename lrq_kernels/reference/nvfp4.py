@@ -20,15 +20,18 @@ def _searched(blocks: Tensor, amax: Tensor, ratio: Tensor, tensor_scale: Tensor,
     found = torch.nonzero((amax > 0) & (tensor_scale * decode_e4m3(code) > 0))[:, 0]
     blocks, amax, code, tensor_scale = blocks[found], amax[found], code[found], tensor_scale[found]
     saturates = amax / (tensor_scale * decode_e4m3(code)) > E2M1_MAX
+    # Reciprocals of scales must be finite.
+    unit = torch.where(tensor_scale < 2.0**-80, 2.0**80, 1.0)
+    blocks, amax = blocks * unit[:, None], amax * unit
 
     def candidates(part: slice) -> Candidates:
-        scale = tensor_scale[part]
+        scale, units = tensor_scale[part], unit[part]
         return Candidates(
             first=1,
             last=LAST_SCALE,
             octave=8,
             doubles_from=16,
-            scale=lambda index, code: scale[index] * decode_e4m3(code),
+            scale=lambda index, code: scale[index] * decode_e4m3(code) * units[index],
             nearest=nearest_e2m1,
             largest=E2M1_MAX,
             zero_below=0.25,

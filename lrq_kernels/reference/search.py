@@ -32,7 +32,7 @@ class Candidates:
     """So many codes further the scale has doubled, from the code ``doubles_from`` on."""
     doubles_from: int
     scale: Callable[[Tensor, Tensor], Tensor]
-    """(block index, code) to float32 scale; it grows with the code."""
+    """(block index, code) to float32 scale with a finite reciprocal; it grows with the code."""
     nearest: Callable[[Tensor], Tensor]
     """Nearest grid value, saturating."""
     largest: float
@@ -52,8 +52,11 @@ class _Search:
     def visit(self, index: Tensor, code: Tensor) -> Tensor:
         """Try ``code`` on the blocks of ``index``; returns their plain error."""
         scale, amax = self.candidates.scale(index, code), self.amax[index]
-        y = self.blocks[index] / scale[:, None]
-        error = self.candidates.nearest(y) - y
+        blocks = self.blocks[index]
+        # Which grid value a weight gets is decided by the quotient, as when codes are written; how far it is, by one
+        # division for the block.
+        y = blocks * (1 / scale)[:, None]
+        error = self.candidates.nearest(blocks / scale[:, None]) - y
         ratio = scale / amax
         square = ratio * ratio
         plain = square * tree_sum(error * error)

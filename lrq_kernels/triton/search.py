@@ -11,17 +11,19 @@ LAST_SCALE = tl.constexpr(126)
 OCTAVE = tl.constexpr(8)
 DOUBLES_FROM = tl.constexpr(16)
 ZERO_BELOW = tl.constexpr(0.25)
+UNIT_BELOW = tl.constexpr(2.0**-80)
+UNIT = tl.constexpr(2.0**80)
 
 
 @triton.jit
 def _visit(magnitudes, scale, amax, gain):
     """Value and plain error of a candidate."""
-    ys = [tl.div_rn(m, scale) for m in magnitudes]
-    errors = [nearest_e2m1(y) - y for y in ys]
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    errors = [nearest_e2m1(tl.div_rn(m, scale)) - m * inverse for m in magnitudes]
     ratio = tl.div_rn(scale, amax)
     square = ratio * ratio
     plain = square * tree_sum([e * e for e in errors])
-    along = tree_sum([(nearest_e2m1(y) - y) * y for y in ys])
+    along = tree_sum([(nearest_e2m1(tl.div_rn(m, scale)) - m * inverse) * (m * inverse) for m in magnitudes])
     value = plain + square * (gain * (square * (along * along)))
     return value, plain
 
@@ -71,6 +73,10 @@ def best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS: tl.constexpr)
     amax = tl.where(live, amax, 1.0)
     saturates = tl.div_rn(amax, tl.where(live, total, 1.0)) > MAX_E2M1
     start = tl.minimum(start + saturates.to(tl.int32), LAST_SCALE)
+    # Reciprocals of scales must be finite.
+    unit = tl.where(outer < UNIT_BELOW, UNIT, 1.0)
+    magnitudes = [m * unit for m in magnitudes]
+    amax *= unit
     relative = [tl.div_rn(m, amax) for m in magnitudes]
     gain = tl.div_rn(tl.full((BLOCKS,), coherence, tl.float32), tree_sum([r * r for r in relative]))
 
@@ -81,7 +87,7 @@ def best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS: tl.constexpr)
     unseen = tl.full((BLOCKS,), float("-inf"), tl.float32)
     bounds = (unseen, unseen, unseen, unseen, unseen, unseen, unseen, unseen)
     while tl.max(live.to(tl.int32), axis=0) > 0:
-        scale = outer * decode_e4m3(code)
+        scale = outer * decode_e4m3(code) * unit
         value, plain = _visit(magnitudes, scale, amax, gain)
         nonzero = scale * ZERO_BELOW < amax
         wins = live & nonzero & ((value < best) | ((value == best) & (code < best_code)))
@@ -96,7 +102,7 @@ def best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS: tl.constexpr)
         # No larger scale can win over an error of zero, or after one that rounds every weight to zero: the reference
         # visits them all the same, but here a block would keep its program waiting.
         upwards = upwards & (higher <= LAST_SCALE) & (best > 0) & nonzero
-        lower_ratio = tl.div_rn(outer * decode_e4m3(tl.maximum(lower, 1)), amax)
+        lower_ratio = tl.div_rn(outer * decode_e4m3(tl.maximum(lower, 1)) * unit, amax)
         clipped = tl.maximum(1 - lower_ratio * MAX_E2M1, 0.0)
         code = tl.where(upwards, higher, tl.maximum(lower, 1))
         live = live & (upwards | ((clipped * clipped * SLACK <= best) & (lower >= 1)))
