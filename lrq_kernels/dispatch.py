@@ -27,6 +27,11 @@ _MODULES = {
     "reference": "lrq_kernels.reference",
 }
 
+
+class BackendError(RuntimeError):
+    """The backend that was asked for can't compute this."""
+
+
 Accepts = Callable[..., "str | None"]
 
 
@@ -82,7 +87,7 @@ def _load(backend: str) -> None:
 def _forced_backend() -> str | None:
     forced = _forced.get() or os.environ.get("LRQ_BACKEND") or None
     if forced is not None and forced not in BACKENDS:
-        raise ValueError(f"backend {forced!r} does not exist; choose one of {', '.join(BACKENDS)}")
+        raise BackendError(f"LRQ_BACKEND={forced}: no such backend; choose one of {', '.join(BACKENDS)}")
     return forced
 
 
@@ -99,13 +104,13 @@ def choose(operation: str, args: tuple[Any, ...]) -> str:
     """The backend that computes ``operation`` for these inputs.
 
     Raises:
-        RuntimeError: the forced backend can't take them; the message says why.
+        BackendError: the forced backend can't take them; the message says why.
     """
     forced = _forced_backend()
     if forced is not None:
         reason = refusal(operation, forced, args)
         if reason is not None:
-            raise RuntimeError(f"{operation}: backend {forced!r} was asked for, but: {reason}")
+            raise BackendError(f"{operation}: backend {forced!r} was asked for, but: {reason}")
         return forced
     for backend in BACKENDS:
         if refusal(operation, backend, args) is None:
@@ -194,7 +199,7 @@ def backends() -> dict[str, dict[str, str]]:
         _load(backend)
     return {
         operation: {
-            backend: "yes" if (operation, backend) in _kernels else _missing.get(backend, "no kernel yet")
+            backend: _missing.get(backend) or ("yes" if (operation, backend) in _kernels else "no kernel")
             for backend in BACKENDS
         }
         for operation in OPERATIONS

@@ -4,7 +4,7 @@ HADAMARD_AGAINST_MATMUL = 1e-6
 """|difference| / amax(x): the butterfly adds in another order than the matrix product of comfy-kitchen."""
 
 KITCHEN_BFLOAT16_INT8 = 0.2
-"""Share of INT8 bytes that may differ for bfloat16 input: comfy-kitchen divides in bfloat16 (FORMATS.md section 5)."""
+"""Share of INT8 bytes that may differ for bfloat16 input: comfy-kitchen divides in bfloat16."""
 
 KITCHEN_FP8_RECIPROCAL = 0.02
 """Share of FP8 bytes that may differ: comfy-kitchen multiplies by 1/scale, which rounds twice."""

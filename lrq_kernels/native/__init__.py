@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import torch
+
 from lrq_kernels.dispatch import unavailable
 
 INTERFACE = 1
@@ -19,6 +21,8 @@ if getattr(_native, "interface", None) != INTERFACE:
     raise ImportError("the native extension is of another version: install lrq again")
 if not _native.has_cuda:
     unavailable("cuda", "this build has no CUDA part")
+elif not torch.cuda.is_available():
+    unavailable("cuda", "no CUDA device")
 
 # They need the extension that was looked for above.
 from lrq_kernels.native import amax, fp4, fp8, hadamard, int8, mxfp8, nvfp4, swizzle  # noqa: E402, F401

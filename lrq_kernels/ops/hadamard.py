@@ -11,7 +11,7 @@ def check_group(group: int, columns: int) -> None:
     if group < 4 or group & (group - 1) or group.bit_length() % 2 == 0:
         raise ValueError(f"group must be a power of 4 (4, 16, 64, 256, 1024), got {group}")
     if columns % group:
-        raise ValueError(f"N must be a multiple of the Hadamard group {group}, got {columns}")
+        raise ValueError(f"the columns must be a multiple of the Hadamard group {group}, got {columns}")
 
 
 @operation

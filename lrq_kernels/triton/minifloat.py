@@ -32,7 +32,7 @@ def nearest_e2m1(magnitude):
 @triton.jit
 def _code_e2m1(y):
     a = tl.minimum(tl.abs(y), MAX_E2M1)
-    # KERNELS.md section 4, trick 1: each of the three is exact on its octave and too large elsewhere.
+    # Each of the three is exact on its octave and too large elsewhere.
     biased = tl.minimum(tl.minimum(2 * a + 8388608.0, a + 8388610.0), 0.5 * a + 8388612.0)
     return (biased.to(tl.int32, bitcast=True) & 7) | ((y.to(tl.int32, bitcast=True) >> 28) & 8)
 

@@ -66,6 +66,8 @@ class Storage:
                 raise InputError(f"--block_size: --{self.family} has blocks of {own}, not {self.block_size}")
         elif self.block_size is not None and self.scaling != "block":
             raise InputError(f"--block_size {self.block_size}: needs --scaling_mode block, not {self.scaling}")
+        if not self.comfy_quant:
+            raise InputError("--comfy_quant: can't be off; every loader finds the layers by these markers")
         self._check_convrot()
 
     def _check_convrot(self) -> None:
@@ -152,10 +154,16 @@ class Conversion:
         return conversion
 
 
+_KINDS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,)}
+
+
 def _check_range(setting: dataclasses.Field[Any], value: Any) -> None:
     limits = setting.metadata
-    if value is None:
+    if value is None and setting.default is None:
         return
+    kinds = _KINDS.get(str(setting.type).removesuffix(" | None"))
+    if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+        raise InputError(f"--{setting.name}: must be {setting.type.removesuffix(' | None')}, got {value!r}")
     if "choices" in limits and value not in limits["choices"]:
         raise InputError(f"--{setting.name}: must be one of {', '.join(limits['choices'])}, got {value!r}")
     low, high = limits.get("minimum"), limits.get("maximum")

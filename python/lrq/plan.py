@@ -131,7 +131,7 @@ def _modules(source: Reader) -> list[str]:
 
 
 def _refuse_legacy(source: Reader) -> None:
-    """ComfyUI reads the scales of a ``scaled_fp8`` file only where the header has no markers (FORMATS.md section 1)."""
+    """ComfyUI reads the scales of a ``scaled_fp8`` file only where the header has no markers."""
     for name in source.entries:
         if name.rpartition(".")[2] == comfyui.LEGACY:
             raise InputError(

@@ -61,7 +61,7 @@ def test_the_output_begins_with_the_planned_header_and_has_the_planned_size(tmp_
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(["nvfp4", "mxfp8", "fp8", "fp8-row", "int8-row"]))
 def test_shapes_are_those_of_the_contract(tmp_path, rows, columns, name):
-    """FORMATS.md sections 2 to 5."""
+    """docs/FORMATS.md sections 1 and 2."""
     source = save(tmp_path / "in", {"a.weight": torch.zeros(rows, columns)})
     stored = {e.name.removeprefix("a."): (e.dtype, e.shape) for e in plan(source, STORAGE[name]).header.entries}
     stored.pop("comfy_quant")

@@ -1,4 +1,4 @@
-"""What the files do to real trained models, against round-to-nearest with amax scales (ROUNDING.md section 4)."""
+"""What the files do to real trained models, against round-to-nearest with amax scales."""
 
 from __future__ import annotations
 

@@ -84,6 +84,13 @@ def cases(operation: str) -> Iterator[tuple[str, Args]]:
             for scale in (1e-45, 1e-38, 1e-3, 0.37, 1e4, 3e38):
                 for coherence in (None, 4.0):
                     yield f"given {scale:g}, {coherence}", (gaussian(40, 72), torch.tensor(scale), coherence)
+            # Their start is a subnormal E4M3 scale, which has not doubled 8 codes further: it bounds nothing.
+            subnormal = [
+                [-15, 25, 20, -25, -10, 25, 20, -5, 20, -5, -20, -15, 0, -20, -10, -15],
+                [20, -20, -8, -12, -20, -20, -20, 20, 24, -4, -24, 0, -20, -8, 12, 4],
+            ]
+            for coherence in COHERENCES:
+                yield f"subnormal scales, {coherence}", (torch.tensor(subnormal) / 512, torch.tensor(1.0), coherence)
             yield "given, batch", (gaussian(3, 40, 48), torch.tensor([1e-3, 0.5, 7.0]), 4.0)
     elif operation == "quantize_fp8":
         yield from by_scaling(operation)

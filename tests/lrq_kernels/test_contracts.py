@@ -129,7 +129,7 @@ def test_fullgraph_compile() -> None:
             "scale can be given with scaling 'tensor' only",
         ),
         (lambda: lrq_kernels.rotate_hadamard(W, 8), "group must be a power of 4 .* got 8"),
-        (lambda: lrq_kernels.rotate_hadamard(W, 256), "N must be a multiple of the Hadamard group 256, got 64"),
+        (lambda: lrq_kernels.rotate_hadamard(W, 256), "columns must be a multiple of the Hadamard group 256, got 64"),
         (lambda: lrq_kernels.pack_fp4(torch.zeros(2, 3, dtype=torch.uint8)), "N must be even, got 3"),
         (lambda: lrq_kernels.unswizzle_scales(torch.zeros(128, 4, dtype=torch.uint8), 129, 4), "take shape .256, 4."),
         (lambda: lrq_kernels.dequantize_int8(torch.zeros(4, 4, dtype=torch.int8), torch.ones(4)), "scale: float32 by"),

@@ -142,7 +142,7 @@ def test_packing(high_first: bool) -> None:
 
 
 def test_nibbles_and_ties_of_the_contract() -> None:
-    """FORMATS.md section 3: codes 1,2,3,4 become bytes 0x12 0x34; ties go to the even code."""
+    """Codes 1,2,3,4 become bytes 0x12 0x34; ties go to the even code."""
     assert lrq_kernels.pack_fp4(torch.tensor([[1, 2, 3, 4]], dtype=torch.uint8)).tolist() == [[0x12, 0x34]]
     w = torch.tensor([[0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, 0, 0, 0, 0, 0, 0, 0]])
     codes = lrq_kernels.unpack_fp4(lrq_kernels.quantize_nvfp4(w, torch.tensor(1.0))[0])[0, :9]

@@ -47,6 +47,11 @@ def _guarded(work: Callable[[], Any]) -> Any:
         raise SystemExit(1) from None
     except MemoryError:
         _fail("out of memory; close other programs or use a machine with more")
+    except RuntimeError as error:
+        # By name: importing the class would import torch.
+        if type(error).__name__ != "BackendError":
+            raise
+        _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}")
     finally:

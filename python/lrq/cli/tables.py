@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.box import HEAVY_HEAD, SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +26,9 @@ _COLUMNS = {
     "error / nearest": ("frobenius_ratio", "{:.3f}"),
     "projected / nearest": ("projected_ratio", "{:.3f}"),
 }
+_MOST_FAILURES = 20
+_NARROW = 130
+"""Narrower terminals leave columns away, so that the names of layers stay whole."""
 _ENOUGH = 200
 """Width of tables that are piped into a file: nothing is cut."""
 
@@ -60,22 +64,36 @@ def print_verification(result: Verification, path: Path, as_json: bool) -> None:
         click.echo(json.dumps(document, indent=2))
     else:
         _print_table(result)
-    for failure in result.failures:
+    for failure in result.failures[:_MOST_FAILURES]:
         click.echo(f"failed: {printable(failure)}", err=True)
+    if len(result.failures) > _MOST_FAILURES:
+        click.echo(f"... and {len(result.failures) - _MOST_FAILURES} more (--json lists all)", err=True)
     if not as_json:
-        click.echo(f"{printable(str(path))}: {'ok' if result.ok else f'{len(result.failures)} checks failed'}")
+        failed = f"{len(result.failures)} check{'s' if len(result.failures) > 1 else ''} failed"
+        compared = "" if result.total is not None or not result.ok else " (compared with nothing; --source IN measures)"
+        click.echo(f"{printable(str(path))}: {'ok' if result.ok else failed}{compared}")
 
 
 def _print_table(result: Verification) -> None:
-    table = Table("layer", "format", "shape", *_COLUMNS)
+    console = _console()
+    measured = result.total is not None
+    narrow = console.width < _NARROW
+    headers = {name: name.replace(" / ", " /\n") for name in _COLUMNS}
+    table = Table("layer", "format", "shape", *headers.values(), box=SIMPLE if narrow else HEAVY_HEAD)
     for column in table.columns[3:]:
         column.justify = "right"
     for layer in result.layers:
         shape = " x ".join(map(str, layer.shape))
         table.add_row(Text(printable(layer.name)), layer.format, shape, *_numbers(layer.error))
     table.add_section()
-    table.add_row(f"{len(result.layers)} layers", "", f"{result.unchanged} tensors unchanged", *_numbers(result.total))
-    _console().print(table)
+    table.add_row(f"{len(result.layers)} layers", "", "", *_numbers(result.total))
+    dropped = {1, 2} if narrow else set()
+    dropped |= set() if measured else set(range(3, 3 + len(_COLUMNS)))
+    table.columns = [column for i, column in enumerate(table.columns) if i not in dropped]
+    table.columns[0].overflow = "fold"
+    console.print(table)
+    if measured:
+        click.echo(f"{result.unchanged} tensors unchanged")
 
 
 def print_backends(as_json: bool) -> None:

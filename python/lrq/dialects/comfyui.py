@@ -1,4 +1,4 @@
-"""ComfyUI's names and markers (FORMATS.md section 1).
+"""ComfyUI's names and markers (docs/FORMATS.md section 1).
 
 Marker A is the tensor ``L.comfy_quant``: the UTF-8 bytes of a JSON object. Marker B is the header entry
 ``_quantization_metadata``: a JSON string with the same keys for every layer. B wins over A, so both always agree.

@@ -1,4 +1,4 @@
-"""FP8 E4M3 (FORMATS.md section 2)."""
+"""FP8 E4M3 (docs/FORMATS.md sections 1 and 2)."""
 
 from __future__ import annotations
 

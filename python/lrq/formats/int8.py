@@ -1,4 +1,4 @@
-"""INT8, optionally rotated by a grouped Hadamard matrix (FORMATS.md section 5)."""
+"""INT8, optionally rotated by a grouped Hadamard matrix (docs/FORMATS.md sections 1 and 2)."""
 
 from __future__ import annotations
 

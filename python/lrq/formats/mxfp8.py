@@ -1,4 +1,4 @@
-"""MXFP8 (FORMATS.md section 4)."""
+"""MXFP8 (docs/FORMATS.md sections 1 and 2)."""
 
 from __future__ import annotations
 

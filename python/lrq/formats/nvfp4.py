@@ -1,4 +1,4 @@
-"""NVFP4 (FORMATS.md section 3)."""
+"""NVFP4 (docs/FORMATS.md sections 1 and 2)."""
 
 from __future__ import annotations
 

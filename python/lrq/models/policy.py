@@ -16,7 +16,7 @@ from lrq.checkpoint.header import Entry
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 SUFFIX = ".weight"
-NOT_A_WEIGHT = "not a weight"
+NOT_A_WEIGHT = "not a matrix of weights"
 QUANTIZED_SIBLINGS = ("comfy_quant", "weight_scale", "scale_weight", "weight_s_rel")
 """A weight beside one of these is quantized already, whatever its dtype."""
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 from click.testing import Result
 
+import lrq
 import lrq_kernels
 from checkpoints import by_hand, load, normal, record, run, save, transformer
+from lrq.errors import InputError
 
 GOOD = {"blocks.0.fc.weight": normal(32, 64), "blocks.0.fc.bias": normal(32)}
 
@@ -277,3 +279,20 @@ def test_the_source_is_never_touched(tmp_path, source):
     before = load(source).tensors
     run("convert", "-i", source, "-o", tmp_path / "out.safetensors", "--nvfp4", "--simple")
     assert all(torch.equal(tensor, before[name]) for name, tensor in load(source).tensors.items())
+
+
+@pytest.mark.parametrize(("backend", "words"), [("tpu", "no such backend"), ("cuda", "was asked for, but")])
+def test_a_forced_backend_that_is_not_there(tmp_path, source, monkeypatch, backend, words):
+    if backend == "cuda" and torch.cuda.is_available():
+        pytest.skip("it is there")
+    monkeypatch.setenv("LRQ_BACKEND", backend)
+    assert words in refuse(tmp_path, "-i", source, "--nvfp4", "--simple")
+
+
+@pytest.mark.parametrize(
+    "setting", [{"num_iter": "3"}, {"exclude_layers": 5}, {"nvfp4": "yes"}, {"min_k": True}, {"comfy_quant": False}]
+)
+def test_python_settings_of_the_wrong_type_are_named(tmp_path, source, setting):
+    with pytest.raises(InputError, match=f"--{next(iter(setting))}: "):
+        lrq.quantize(source, tmp_path / "out.safetensors", **setting)
+    assert not (tmp_path / "out.safetensors").exists()

@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 from checkpoints import FLAGS, LAYERS, STOCK, convert, load, normal, run, save, tampered, transformer
 from lrq import __version__
-from lrq.cli import convert_to_quant
+from lrq.cli import convert_to_quant, tables
 
 
 @pytest.fixture
@@ -212,3 +213,21 @@ def test_help_version_and_backends():
     assert __version__ in run("--version").stdout
     found = json.loads(run("backends", "--json").stdout)
     assert set(found["quantize_nvfp4"]) >= {"reference"} and run("backends").exit_code == 0
+
+
+def test_a_narrow_terminal_keeps_the_names_of_layers_whole(tmp_path, source, monkeypatch):
+    convert(source, tmp_path / "out.safetensors", "--nvfp4", "--simple")
+    monkeypatch.setattr(tables, "_console", lambda: Console(width=80))
+    result = run("verify", tmp_path / "out.safetensors", "--source", source)
+    assert all(layer in result.stdout for layer in LAYERS)
+    assert max(map(len, result.stdout.splitlines())) <= 80 + len(str(tmp_path))
+
+
+def test_verify_shows_the_first_failures_and_counts_the_rest(tmp_path, source):
+    convert(source, tmp_path / "out.safetensors", "--nvfp4", "--simple")
+    many = {f"blocks.{i}.norm.weight": normal(8) for i in range(30)}
+    save(tmp_path / "other.safetensors", load(source).tensors | many)
+    result = run("verify", tmp_path / "out.safetensors", "--source", tmp_path / "other.safetensors")
+    lines = result.stderr.splitlines()
+    assert result.exit_code == 1 and len(lines) == 21
+    assert re.fullmatch(r"\.\.\. and \d+ more \(--json lists all\)", lines[-1])

@@ -95,7 +95,7 @@ def test_nothing_else_is(dtype):
 
 
 def test_shapes_that_are_no_matrix():
-    assert reason("blocks.0.fc", 64) == "not a weight"
+    assert reason("blocks.0.fc", 64) == "not a matrix of weights"
     assert reason("blocks.0.conv3", 8, 4, 3, 3) == "4-D"
     assert reason("blocks.0.conv1d", 8, 4, 3) == "3-D"
     assert reason("blocks.0.fc", 0, 4) == "empty"
@@ -115,7 +115,7 @@ def test_only_weights_are_quantized():
         "blocks.0.attn.in_proj_weight",
         "blocks.0.fc.weight_g",
     )
-    assert set(refusals(dict.fromkeys(others, (N, K))).values()) == {"not a weight"}
+    assert set(refusals(dict.fromkeys(others, (N, K))).values()) == {"not a matrix of weights"}
 
 
 def test_outside_of_numbered_blocks_is_kept_when_the_blocks_hold_most():
