@@ -28,6 +28,12 @@ PYBIND11_MODULE(_native, m) {
     m.attr("has_cuda") = true;
     m.def("cuda_refusal", &lrq::cuda::refusal, WithoutGil());
     m.def("quantize_nvfp4_cuda", &lrq::cuda::quantize_nvfp4, WithoutGil());
+    m.def("amax_cuda", &lrq::cuda::amax, WithoutGil());
+    m.def("quantize_fp8_cuda", &lrq::cuda::quantize_fp8, WithoutGil());
+    m.def("dequantize_fp8_cuda", &lrq::cuda::dequantize_fp8, WithoutGil());
+    m.def("quantize_int8_cuda", &lrq::cuda::quantize_int8, WithoutGil());
+    m.def("dequantize_int8_cuda", &lrq::cuda::dequantize_int8, WithoutGil());
+    m.def("rotate_hadamard_cuda", &lrq::cuda::rotate_hadamard, WithoutGil());
 #else
     m.attr("has_cuda") = false;
 #endif
