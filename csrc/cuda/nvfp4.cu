@@ -4,6 +4,7 @@
 
 #include "../kernels.h"
 #include "../layout.h"
+#include "amax.h"
 #include "launch.h"
 #include "load.h"
 
@@ -15,35 +16,11 @@ using nvfp4::kTile;
 using nvfp4::Layout;
 
 constexpr char kOperation[] = "quantize_nvfp4";
-constexpr int kWarp = 32;
 constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / kWarp;
 // A tile of scales is shared by so many thread blocks.
 constexpr int kShares = kTile / kThreads;
 constexpr int64_t kMaxGridY = 65535;
 constexpr int64_t kMaxGridX = 0x7fffffff;
-// Enough thread blocks to fill any GPU; each then takes several rows, and the atomics stay few.
-constexpr int64_t kAmaxBlocks = 4096;
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) amax_kernel(Layout layout, bool aligned, float* amax) {
-    const T* const x = static_cast<const T*>(layout.x.data);
-    for (int64_t matrix = blockIdx.y; matrix < layout.x.batch; matrix += gridDim.y) {
-        float most = 0.0f;
-        for (int64_t row = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp; row < layout.x.rows;
-             row += gridDim.x * int64_t{kWarps}) {
-            const T* const source = x + matrix * layout.x.batch_stride + row * layout.x.row_stride;
-            for (int64_t b = threadIdx.x % kWarp; b < layout.blocks; b += kWarp) {
-                float block[kBlock];
-                load_block(source, b * kBlock, layout.x.columns, aligned, block);
-                most = fmaxf(most, largest(block));
-            }
-        }
-        // The order of the bits of non-negative floats is their order.
-        const unsigned bits = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
-        if (threadIdx.x % kWarp == kWarp - 1) atomicMax(reinterpret_cast<unsigned*>(amax) + matrix, bits);
-    }
-}
 
 __device__ __forceinline__ uint2 encode_block(const float (&block)[kBlock], float total) {
     uint32_t words[2] = {0, 0};
@@ -96,10 +73,7 @@ template <class T>
 void run(const Layout& layout, float* amax, std::optional<double> coherence, uintptr_t stream) {
     const bool aligned = is_aligned<T>(layout.x);
     const unsigned matrices = static_cast<unsigned>(std::min(layout.x.batch, kMaxGridY));
-    if (!layout.given_scale) {
-        const auto blocks = static_cast<unsigned>(std::min((layout.x.rows + kWarps - 1) / kWarps, kAmaxBlocks));
-        launch(kOperation, amax_kernel<T>, dim3(blocks, matrices), dim3(kThreads), stream, layout, aligned, amax);
-    }
+    if (!layout.given_scale) launch_amax<T>(layout.x, amax, stream, kOperation);
     const int64_t blocks = layout.row_tiles * layout.column_tiles * kShares;
     require(blocks <= kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
     const auto kernel = coherence ? quantize_kernel<T, true> : quantize_kernel<T, false>;

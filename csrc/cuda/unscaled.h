@@ -14,7 +14,7 @@ struct Tiling {
     Divisor across, tile_rows, tile_columns;
     // Whether a vector has one scale.
     bool uniform;
-    uint32_t tiles_across;
+    int64_t tiles_across, tiles;
 };
 
 __device__ __forceinline__ void store_values(float* out, const float (&values)[kVector]) {
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kUnscaledThreads) values_kernel(Scaled layout,
     if (matrix >= layout.x.batch) return;
     const uint32_t first = blockIdx.x * (kUnscaledThreads * kUnscaledVectors) + threadIdx.x;
     const uint8_t* const source = static_cast<const uint8_t*>(layout.x.data) + matrix * layout.x.batch_stride;
-    const float* const scales = layout.scales + matrix * layout.tiles_down() * tiling.tiles_across;
+    const float* const scales = layout.scales + matrix * tiling.tiles;
     Vector<uint8_t> held[kUnscaledVectors];
     uint32_t rows[kUnscaledVectors], columns[kUnscaledVectors];
     const float* row_scales[kUnscaledVectors];
@@ -84,10 +84,12 @@ __global__ void __launch_bounds__(kUnscaledThreads) values_kernel(Scaled layout,
 }
 
 inline Tiling tiling_of(const Scaled& layout, const char* operation) {
-    return {Divisor((layout.x.columns + kVector - 1) / kVector, operation), Divisor(layout.tile_rows, operation),
+    return {Divisor((layout.x.columns + kVector - 1) / kVector, operation),
+            Divisor(layout.tile_rows, operation),
             Divisor(layout.tile_columns, operation),
             layout.tile_columns == layout.x.columns || layout.tile_columns % kVector == 0,
-            static_cast<uint32_t>(layout.tiles_across())};
+            layout.tiles_across(),
+            layout.tiles_down() * layout.tiles_across()};
 }
 
 template <class Codec, class T>
