@@ -42,7 +42,7 @@ void rotate_as(const Matrix& x, int group, void* out, uintptr_t stream) {
         constexpr int kGroup = decltype(constant)::value;
         const auto kernel =
             is_aligned_throughout<T>(x) ? rotate_kernel<kGroup, T, Out, true> : rotate_kernel<kGroup, T, Out, false>;
-        const unsigned threads = rotation_threads(x.columns);
+        const unsigned threads = rotation_threads<kGroup, 1>(x.columns);
         launch_sharing(kOperation, kernel, batch_grid(x.rows, x.batch, kOperation), dim3(threads),
                        rotation_bytes(threads), stream, Rotated<Out>{x, static_cast<Out*>(out)});
     });

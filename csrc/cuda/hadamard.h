@@ -149,10 +149,11 @@ __device__ __forceinline__ void load_rotated(const T* row, int64_t first, int64_
     for (int i = 0; i < kRotated; ++i) x[i] = vectors[i / kVector][i % kVector];
 }
 
-// Whole groups of 1024, and all threads the same number of times.
-inline unsigned rotation_threads(int64_t columns) {
-    constexpr int64_t kStep = 1024 / kRotated;
-    const int64_t needed = (columns + kRotated - 1) / kRotated;
+// Whole groups and warps, where each thread holds so many times 16 columns in each of as few rounds as can be.
+template <int kGroup, int kHeld>
+unsigned rotation_threads(int64_t columns) {
+    constexpr int64_t kStep = std::max(kGroup / kRotated, kWarpSize);
+    const int64_t needed = (columns + kHeld * kRotated - 1) / (kHeld * kRotated);
     const int64_t rounds = (needed + kRotationThreads - 1) / kRotationThreads;
     return static_cast<unsigned>(((needed + rounds - 1) / rounds + kStep - 1) / kStep * kStep);
 }
