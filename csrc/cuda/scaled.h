@@ -155,11 +155,12 @@ void quantize_as(const Scaled& layout, float* amax, uintptr_t stream, const char
     const bool aligned =
         is_aligned_throughout<T>(x) && layout.tile_columns % kVector == 0 && is_multiple(layout.out, sizeof(uint2));
     if (!layout.of_tensor) {
-        // A row is spread over up to 1024 threads; of a block of 128 every one of 256 holds 64 weights.
+        // A block of 128 x 128 fits into the registers of as few threads as hold 128 bytes each.
+        constexpr int kOfBlock = 128 / (kVector * sizeof(T));
         if (layout.tile_rows == 1)
             launch_tiles<Codec, T, 4, 1024>(layout, aligned, stream, operation);
         else
-            launch_tiles<Codec, T, 8, 256>(layout, aligned, stream, operation);
+            launch_tiles<Codec, T, kOfBlock, 2048 / kOfBlock>(layout, aligned, stream, operation);
         return;
     }
     require(layout.given || amax, std::string(operation) + ": either a given scale or room for the amax");
