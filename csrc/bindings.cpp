@@ -42,6 +42,12 @@ PYBIND11_MODULE(_native, m) {
     m.def("unpack_fp4_cuda", &lrq::cuda::unpack_fp4, WithoutGil());
     m.def("swizzle_scales_cuda", &lrq::cuda::swizzle_scales, WithoutGil());
     m.def("unswizzle_scales_cuda", &lrq::cuda::unswizzle_scales, WithoutGil());
+    m.def("amax_cuda", &lrq::cuda::amax, WithoutGil());
+    m.def("quantize_fp8_cuda", &lrq::cuda::quantize_fp8, WithoutGil());
+    m.def("dequantize_fp8_cuda", &lrq::cuda::dequantize_fp8, WithoutGil());
+    m.def("quantize_int8_cuda", &lrq::cuda::quantize_int8, WithoutGil());
+    m.def("dequantize_int8_cuda", &lrq::cuda::dequantize_int8, WithoutGil());
+    m.def("rotate_hadamard_cuda", &lrq::cuda::rotate_hadamard, WithoutGil());
 #else
     m.attr("has_cuda") = false;
 #endif

@@ -73,4 +73,23 @@ void swizzle_scales(const Tensor& scales, const Tensor& out, uintptr_t stream);
 // `swizzled` is contiguous.
 void unswizzle_scales(const Tensor& swizzled, const Tensor& out, uintptr_t stream);
 
+// `out` starts as zeros.
+void amax(const Tensor& x, const Tensor& out, uintptr_t stream);
+
+// `amax` as above, absent unless a matrix has one scale that is not given.
+void quantize_fp8(const Tensor& x, const std::string& scaling, int64_t block, const std::optional<Tensor>& given_scale,
+                  const std::optional<Tensor>& amax, const Tensor& codes, const Tensor& scale, uintptr_t stream);
+
+void dequantize_fp8(const Tensor& codes, const Tensor& scale, const Tensor& out, uintptr_t stream);
+
+// Rotates rows that have a scale each; otherwise `group` is 0.
+void quantize_int8(const Tensor& x, const std::string& scaling, int64_t block, const std::optional<Tensor>& given_scale,
+                   const std::optional<Tensor>& amax, int group, const Tensor& codes, const Tensor& scale,
+                   uintptr_t stream);
+
+void dequantize_int8(const Tensor& codes, const Tensor& scale, const Tensor& out, uintptr_t stream);
+
+// From float32 to any type, or to float32 from any.
+void rotate_hadamard(const Tensor& x, int group, const Tensor& out, uintptr_t stream);
+
 }  // namespace lrq::cuda

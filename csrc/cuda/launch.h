@@ -29,14 +29,21 @@ class DeviceGuard {
 };
 
 template <class... Parameters, class... Arguments>
-void launch(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim3 block, uintptr_t stream,
-            Arguments... arguments) {
+void launch_sharing(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                    uintptr_t stream, Arguments... arguments) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = reinterpret_cast<cudaStream_t>(stream);
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), operation);
     check(cudaGetLastError(), operation);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim3 block, uintptr_t stream,
+            Arguments... arguments) {
+    launch_sharing(operation, kernel, grid, block, 0, stream, arguments...);
 }
 
 }  // namespace lrq::cuda

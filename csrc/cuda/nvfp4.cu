@@ -4,6 +4,7 @@
 
 #include "../kernels.h"
 #include "../layout.h"
+#include "amax.h"
 #include "block16.h"
 #include "expand.h"
 #include "launch.h"
@@ -17,36 +18,12 @@ using nvfp4::kTile;
 using nvfp4::Layout;
 
 constexpr char kOperation[] = "quantize_nvfp4";
-constexpr int kWarp = 32;
 constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / kWarp;
 // Tiles of scales that the 32 blocks of a warp cover.
-constexpr int kSpanTiles = kWarp / nvfp4::kTileColumns;
+constexpr int kSpanTiles = kWarpSize / nvfp4::kTileColumns;
 // 128 bytes in flight for every thread.
 template <class T>
 constexpr int kRowsOf = 8 / sizeof(T);
-// Enough thread blocks to fill any GPU; each then takes several rows, and the atomics stay few.
-constexpr int64_t kAmaxBlocks = 4096;
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) amax_kernel(Layout layout, bool aligned, float* amax) {
-    const T* const x = static_cast<const T*>(layout.x.data);
-    for (int64_t matrix = blockIdx.y; matrix < layout.x.batch; matrix += gridDim.y) {
-        float most = 0.0f;
-        for (int64_t row = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp; row < layout.x.rows;
-             row += gridDim.x * int64_t{kWarps}) {
-            const T* const source = x + matrix * layout.x.batch_stride + row * layout.x.row_stride;
-            for (int64_t b = threadIdx.x % kWarp; b < layout.blocks; b += kWarp) {
-                float block[kBlock];
-                load_block(source, b * kBlock, layout.x.columns, aligned, block);
-                most = fmaxf(most, largest(block));
-            }
-        }
-        // The order of the bits of non-negative floats is their order.
-        const unsigned bits = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
-        if (threadIdx.x % kWarp == kWarp - 1) atomicMax(reinterpret_cast<unsigned*>(amax) + matrix, bits);
-    }
-}
 
 // By division: scales of any size.
 template <class T>
@@ -103,8 +80,8 @@ __global__ void __launch_bounds__(kThreads, kSearch ? 4 : 7)
     // Backwards: the end of the matrix is what the pass over amax left in the L2 cache.
     const uint32_t part = gridDim.x - 1 - blockIdx.x;
     const uint32_t share = part / spans % kShares, tile_row = part / spans / kShares;
-    const uint32_t span = part % spans, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const uint32_t b = span * kWarp + lane;
+    const uint32_t span = part % spans, lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const uint32_t b = span * kWarpSize + lane;
     const int64_t matrix = blockIdx.y, first_row = int64_t{tile_row} * nvfp4::kTileRows + warp * 32 + share * kRows;
     // Rows of this thread that hold weights, and rows that hold codes.
     const int full = b < layout.blocks ? static_cast<int>(min(layout.x.rows - first_row, int64_t{kRows})) : 0;
@@ -152,10 +129,7 @@ void run(const Layout& layout, float* amax, float coherence, uintptr_t stream) {
     const bool aligned = is_aligned<T>(layout.x);
     require(layout.x.batch <= kMaxGridY, "quantize_nvfp4: too many matrices for one launch");
     const auto matrices = static_cast<unsigned>(layout.x.batch);
-    if (!layout.given_scale) {
-        const auto blocks = static_cast<unsigned>(std::min((layout.x.rows + kWarps - 1) / kWarps, kAmaxBlocks));
-        launch(kOperation, amax_kernel<T>, dim3(blocks, matrices), dim3(kThreads), stream, layout, aligned, amax);
-    }
+    if (!layout.given_scale) launch_amax<T>(layout.x, amax, stream, kOperation);
     const int64_t spans = (layout.column_tiles + kSpanTiles - 1) / kSpanTiles;
     const int64_t blocks = layout.row_tiles * (kSearch ? 32 : 32 / kRowsOf<T>)*spans;
     require(blocks <= kMaxGridX && layout.blocks < kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");

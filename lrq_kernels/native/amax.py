@@ -13,3 +13,11 @@ from lrq_kernels.native.memory import on_cpu, with_contiguous_columns
 @kernel("amax", backend="cpu", accepts=on_cpu)
 def amax_cpu(x: Tensor, out: Tensor) -> None:
     _native.amax_cpu(with_contiguous_columns(x), out, torch.get_num_threads())
+
+
+if _native.has_cuda:
+
+    @kernel("amax", backend="cuda", accepts=on_cuda)
+    def amax_cuda(x: Tensor, out: Tensor) -> None:
+        x = with_contiguous_columns(x)
+        _native.amax_cuda(x, out.zero_(), stream_of(x))

@@ -22,3 +22,18 @@ def quantize_fp8_cpu(
 def dequantize_fp8_cpu(codes: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor) -> None:
     threads = torch.get_num_threads()
     _native.dequantize_fp8_cpu(with_contiguous_columns(codes), scale.contiguous(), out, threads)
+
+
+if _native.has_cuda:
+
+    @kernel("quantize_fp8", backend="cuda", accepts=on_cuda)
+    def quantize_fp8_cuda(
+        x: Tensor, scaling: str, block: int, given_scale: Tensor | None, codes: Tensor, scale: Tensor
+    ) -> None:
+        x = with_contiguous_columns(x)
+        amax = torch.zeros_like(scale) if scaling == "tensor" and given_scale is None else None
+        _native.quantize_fp8_cuda(x, scaling, block, given_scale, amax, codes, scale, stream_of(x))
+
+    @kernel("dequantize_fp8", backend="cuda", accepts=on_cuda)
+    def dequantize_fp8_cuda(codes: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor) -> None:
+        _native.dequantize_fp8_cuda(with_contiguous_columns(codes), scale.contiguous(), out, stream_of(codes))

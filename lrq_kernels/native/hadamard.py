@@ -13,3 +13,11 @@ from lrq_kernels.native.memory import on_cpu, with_contiguous_columns
 @kernel("rotate_hadamard", backend="cpu", accepts=on_cpu)
 def rotate_hadamard_cpu(x: Tensor, group: int, out: Tensor) -> None:
     _native.rotate_hadamard_cpu(with_contiguous_columns(x), group, out, torch.get_num_threads())
+
+
+if _native.has_cuda:
+
+    @kernel("rotate_hadamard", backend="cuda", accepts=on_cuda)
+    def rotate_hadamard_cuda(x: Tensor, group: int, out: Tensor) -> None:
+        x = with_contiguous_columns(x)
+        _native.rotate_hadamard_cuda(x, group, out, stream_of(x))

@@ -22,3 +22,27 @@ def quantize_int8_cpu(
 def dequantize_int8_cpu(codes: Tensor, scale: Tensor, hadamard: int, dtype: torch.dtype, out: Tensor) -> None:
     threads = torch.get_num_threads()
     _native.dequantize_int8_cpu(with_contiguous_columns(codes), scale.contiguous(), hadamard, out, threads)
+
+
+if _native.has_cuda:
+
+    @kernel("quantize_int8", backend="cuda", accepts=on_cuda)
+    def quantize_int8_cuda(
+        x: Tensor, scaling: str, block: int, given_scale: Tensor | None, hadamard: int, codes: Tensor, scale: Tensor
+    ) -> None:
+        x, stream = with_contiguous_columns(x), stream_of(x)
+        # Rows are rotated where they are quantized; the other scales are seldom of rotated weights.
+        if hadamard and scaling != "row":
+            rotated = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+            _native.rotate_hadamard_cuda(x, hadamard, rotated, stream)
+            x, hadamard = rotated, 0
+        amax = torch.zeros_like(scale) if scaling == "tensor" and given_scale is None else None
+        _native.quantize_int8_cuda(x, scaling, block, given_scale, amax, hadamard, codes, scale, stream)
+
+    @kernel("dequantize_int8", backend="cuda", accepts=on_cuda)
+    def dequantize_int8_cuda(codes: Tensor, scale: Tensor, hadamard: int, dtype: torch.dtype, out: Tensor) -> None:
+        codes, stream = with_contiguous_columns(codes), stream_of(codes)
+        values = torch.empty_like(out, dtype=torch.float32) if hadamard else out
+        _native.dequantize_int8_cuda(codes, scale.contiguous(), values, stream)
+        if hadamard:
+            _native.rotate_hadamard_cuda(values, hadamard, out, stream)

@@ -1,0 +1,119 @@
+// Codes of one byte to values, 8 columns of a thread at a time. `Codec` holds unpack(word, values): the 4 values of a
+// word of codes.
+#pragma once
+
+#include "../scaling.h"
+#include "vector.h"
+
+namespace lrq::cuda {
+
+constexpr int kUnscaledThreads = 256;
+constexpr int kUnscaledVectors = 4;
+
+struct Tiling {
+    Divisor across, tile_rows, tile_columns;
+    // Whether a vector has one scale.
+    bool uniform;
+    int64_t tiles_across, tiles;
+};
+
+__device__ __forceinline__ void store_values(float* out, const float (&values)[kVector]) {
+#pragma unroll
+    for (int i = 0; i < kVector; i += 4)
+        *reinterpret_cast<float4*>(out + i) = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
+}
+
+template <class T>
+__device__ __forceinline__ void store_values(T* out, const float (&values)[kVector]) {
+    uint32_t words[kVector / 2];
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) {
+        T low, high;
+        narrow(values[2 * i], low);
+        narrow(values[2 * i + 1], high);
+        words[i] = low.bits | uint32_t{high.bits} << 16;
+    }
+    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+template <class Codec, class T, bool kAligned>
+__global__ void __launch_bounds__(kUnscaledThreads) values_kernel(Scaled layout, Tiling tiling, uint32_t vectors) {
+    const int64_t matrix = batch_index();
+    if (matrix >= layout.x.batch) return;
+    const uint32_t first = blockIdx.x * (kUnscaledThreads * kUnscaledVectors) + threadIdx.x;
+    const uint8_t* const source = static_cast<const uint8_t*>(layout.x.data) + matrix * layout.x.batch_stride;
+    const float* const scales = layout.scales + matrix * tiling.tiles;
+    Vector<uint8_t> held[kUnscaledVectors];
+    uint32_t rows[kUnscaledVectors], columns[kUnscaledVectors];
+    const float* row_scales[kUnscaledVectors];
+    float first_scales[kUnscaledVectors];
+#pragma unroll
+    for (int j = 0; j < kUnscaledVectors; ++j) {
+        const uint32_t index = first + j * kUnscaledThreads;
+        rows[j] = tiling.across.quotient(index);
+        columns[j] = tiling.across.remainder(index, rows[j]) * kVector;
+        row_scales[j] = scales + tiling.tile_rows.quotient(rows[j]) * tiling.tiles_across;
+        if (index < vectors) {
+            held[j] = load_vector<kAligned>(source + rows[j] * layout.x.row_stride + columns[j],
+                                            layout.x.columns - columns[j]);
+            first_scales[j] = __ldg(row_scales[j] + tiling.tile_columns.quotient(columns[j]));
+        }
+    }
+    T* const out = static_cast<T*>(layout.out) + matrix * layout.x.rows * layout.x.columns;
+#pragma unroll
+    for (int j = 0; j < kUnscaledVectors; ++j) {
+        if (first + j * kUnscaledThreads >= vectors) break;
+        float values[kVector];
+        Codec::unpack(held[j].words[0], values);
+        Codec::unpack(held[j].words[1], values + 4);
+        T* const target = out + rows[j] * layout.x.columns + columns[j];
+        if constexpr (kAligned) {
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) values[i] *= first_scales[j];
+            store_values(target, values);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) {
+                if (columns[j] + i >= layout.x.columns) break;
+                const float scale =
+                    tiling.uniform ? first_scales[j] : row_scales[j][tiling.tile_columns.quotient(columns[j] + i)];
+                narrow(values[i] * scale, target[i]);
+            }
+        }
+    }
+}
+
+inline Tiling tiling_of(const Scaled& layout, const char* operation) {
+    return {Divisor((layout.x.columns + kVector - 1) / kVector, operation),
+            Divisor(layout.tile_rows, operation),
+            Divisor(layout.tile_columns, operation),
+            layout.tile_columns == layout.x.columns || layout.tile_columns % kVector == 0,
+            layout.tiles_across(),
+            layout.tiles_down() * layout.tiles_across()};
+}
+
+template <class Codec, class T>
+void dequantize_as(const Scaled& layout, uintptr_t stream, const char* operation) {
+    const Matrix& x = layout.x;
+    const Tiling tiling = tiling_of(layout, operation);
+    const bool aligned = is_aligned_throughout<uint8_t>(x) && tiling.uniform && is_multiple(layout.out, sizeof(uint4));
+    const int64_t vectors = (x.columns + kVector - 1) / kVector * x.rows;
+    constexpr int64_t kShare = kUnscaledThreads * kUnscaledVectors;
+    require(vectors <= std::numeric_limits<int32_t>::max() - kShare,
+            std::string(operation) + ": the matrix is too large for one launch");
+    launch(operation, aligned ? values_kernel<Codec, T, true> : values_kernel<Codec, T, false>,
+           batch_grid((vectors + kShare - 1) / kShare, x.batch, operation), dim3(kUnscaledThreads), stream, layout,
+           tiling, static_cast<uint32_t>(vectors));
+}
+
+template <class Codec>
+void dequantize_scaled(const Scaled& layout, Type type, uintptr_t stream, const char* operation) {
+    if (type == Type::kBFloat16)
+        dequantize_as<Codec, BFloat16>(layout, stream, operation);
+    else if (type == Type::kFloat16)
+        dequantize_as<Codec, Float16>(layout, stream, operation);
+    else
+        dequantize_as<Codec, float>(layout, stream, operation);
+}
+
+}  // namespace lrq::cuda

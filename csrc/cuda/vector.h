@@ -1,0 +1,138 @@
+// Eight neighbouring columns of a thread, as they lie in memory; and grids over the vectors of a batch of matrices.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "../matrix.h"
+#include "../minifloat.h"
+#include "../narrow.h"
+#include "launch.h"
+
+namespace lrq::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr int kVector = 8;
+
+template <class T>
+struct Vector {
+    static constexpr int kWords = kVector * sizeof(T) / sizeof(uint32_t);
+    uint32_t words[kWords] = {};
+
+    __device__ __forceinline__ float operator[](int i) const {
+        if constexpr (sizeof(T) == sizeof(float))
+            return __uint_as_float(words[i]);
+        else
+            return widen(T{static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2))});
+    }
+};
+
+__device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ uint32_t bits_of(uint8_t x) { return x; }
+template <class T>
+__device__ __forceinline__ uint32_t bits_of(T x) {
+    return x.bits;
+}
+
+// What lies beyond `left` columns is zero. Aligned: 16 bytes (8 of codes), and all of them there. Kernels are compiled
+// for either, so that loads follow each other without branches between them.
+template <bool kAligned, class T>
+__device__ __forceinline__ Vector<T> load_vector(const T* source, int64_t left) {
+    constexpr int kWords = Vector<T>::kWords;
+    constexpr int kPerWord = sizeof(uint32_t) / sizeof(T);
+    Vector<T> vector;
+    if constexpr (kAligned) {
+        if constexpr (kWords == 2) {
+            const uint2 loaded = __ldg(reinterpret_cast<const uint2*>(source));
+            vector.words[0] = loaded.x;
+            vector.words[1] = loaded.y;
+        } else {
+#pragma unroll
+            for (int i = 0; i < kWords / 4; ++i) {
+                const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(source) + i);
+                vector.words[4 * i] = loaded.x;
+                vector.words[4 * i + 1] = loaded.y;
+                vector.words[4 * i + 2] = loaded.z;
+                vector.words[4 * i + 3] = loaded.w;
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i)
+            if (i < left) vector.words[i / kPerWord] |= bits_of(source[i]) << 32 / kPerWord * (i % kPerWord);
+    }
+    return vector;
+}
+
+// Largest magnitudes so far, as bits, whose order is theirs, a NaN above all; of 16-bit types in either half. They stay
+// packed: widened values would be kept in registers until they are encoded.
+template <class T>
+__device__ __forceinline__ uint32_t most_of(const Vector<T>& vector, uint32_t most) {
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kWords; ++i)
+        most = sizeof(T) == sizeof(float) ? max(most, vector.words[i] & 0x7fffffffu)
+                                          : __vmaxu2(most, vector.words[i] & 0x7fff7fffu);
+    return most;
+}
+
+template <class T>
+__device__ __forceinline__ float widen_most(uint32_t most) {
+    if constexpr (sizeof(T) == sizeof(float))
+        return __uint_as_float(most);
+    else
+        return widen(T{static_cast<uint16_t>(max(most & 0xffffu, most >> 16))});
+}
+
+// Of all threads of the block, for all of them; the order of the bits of non-negative floats is their order.
+__device__ __forceinline__ uint32_t block_largest(uint32_t bits) {
+    __shared__ uint32_t shared[kWarpSize];
+    const unsigned lane = threadIdx.x % kWarpSize;
+    bits = __reduce_max_sync(kWholeWarp, bits);
+    if (lane == 0) shared[threadIdx.x / kWarpSize] = bits;
+    __syncthreads();
+    return __reduce_max_sync(kWholeWarp, lane < blockDim.x / kWarpSize ? shared[lane] : 0u);
+}
+
+// Division of numbers below 2^31 by one divisor (Granlund and Montgomery, 1994).
+class Divisor {
+  public:
+    explicit Divisor(int64_t divisor, const char* operation) : divisor_(static_cast<uint32_t>(divisor)) {
+        require(divisor > 0 && divisor <= std::numeric_limits<int32_t>::max(),
+                std::string(operation) + ": the matrix is too large for one launch");
+        while (uint64_t{1} << shift_ < divisor_) ++shift_;
+        factor_ = static_cast<uint32_t>((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - divisor_) / divisor_ + 1);
+    }
+
+    __device__ __forceinline__ uint32_t quotient(uint32_t n) const { return (__umulhi(n, factor_) + n) >> shift_; }
+    __device__ __forceinline__ uint32_t remainder(uint32_t n, uint32_t quotient) const {
+        return n - quotient * divisor_;
+    }
+
+  private:
+    uint32_t divisor_, factor_ = 0, shift_ = 0;
+};
+
+__device__ __forceinline__ int64_t batch_index() { return blockIdx.z * int64_t{gridDim.y} + blockIdx.y; }
+
+// `blocks` thread blocks for each matrix; the last may be one too many, see `batch_index`.
+inline dim3 batch_grid(int64_t blocks, int64_t batch, const char* operation) {
+    constexpr int64_t kMostAlongY = 65535;
+    require(blocks <= std::numeric_limits<int32_t>::max(),
+            std::string(operation) + ": the matrix is too large for one launch");
+    const int64_t along_y = std::min(batch, kMostAlongY);
+    return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(along_y),
+                static_cast<unsigned>((batch + along_y - 1) / along_y));
+}
+
+inline bool is_multiple(const void* data, size_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
+
+// Whether every vector of every row is whole and lies as `load_vector` wants it.
+template <class T>
+bool is_aligned_throughout(const Matrix& x) {
+    constexpr int64_t kLoad = std::min<int64_t>(sizeof(uint4), kVector * sizeof(T)) / sizeof(T);
+    return is_multiple(x.data, kLoad * sizeof(T)) && x.row_stride % kLoad == 0 && x.batch_stride % kLoad == 0 &&
+           x.columns % kVector == 0;
+}
+
+}  // namespace lrq::cuda
