@@ -27,7 +27,7 @@ class Case:
 
 
 def _tensor_scale(x: Tensor, largest: float) -> Tensor:
-    return (lrq_kernels.amax(x) / largest).float()
+    return lrq_kernels.amax(x).float() / largest
 
 
 def _packed(x: Tensor, operation: str, *settings: object) -> tuple[Tensor, ...]:

@@ -14,6 +14,14 @@ LRQ_INLINE float fused(float a, float b, float c) {
 #endif
 }
 
+LRQ_INLINE float reciprocal_of(float value) {
+#ifdef __CUDA_ARCH__
+    return __frcp_rn(value);
+#else
+    return 1.0f / value;
+#endif
+}
+
 // `of` lies on the same side of every tie of E2M1, of E4M3 and of the integers to 127, or on it, as the correctly
 // rounded quotient, and keeps the sign of zero: tests/lrq_kernels/quotient.cpp compares the two. Where not `safe`, the
 // caller divides: the remainder could underflow, or the quotient overflow. One test for all the weights of a divisor.
@@ -22,8 +30,12 @@ class Quotient {
     // `largest` bounds the magnitude of every dividend.
     LRQ_INLINE Quotient(float divisor, float largest)
         : divisor_(divisor),
-          reciprocal_(divide(1.0f, divisor)),
+          reciprocal_(reciprocal_of(divisor)),
           safe_(divisor >= 0x1p-80f && divisor <= 0x1p80f && largest * reciprocal_ <= 0x1p100f) {}
+
+    // For a divisor that is known when the kernel is compiled, with its correctly rounded reciprocal.
+    LRQ_INLINE constexpr Quotient(float divisor, float reciprocal, bool safe)
+        : divisor_(divisor), reciprocal_(reciprocal), safe_(safe) {}
 
     LRQ_INLINE bool safe() const { return safe_; }
 

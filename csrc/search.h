@@ -54,7 +54,7 @@ class Search {
 
     LRQ_INLINE float visit(int code) {
         const float scale = candidates_.scale(code);
-        const float inverse = divide(1.0f, scale);
+        const float inverse = reciprocal_of(scale);
         float squares[kSize], products[kSize];
 #ifdef __CUDA_ARCH__
         if (!may_cross_tie<Candidates::kZeros>(scale)) {

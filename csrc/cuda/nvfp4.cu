@@ -44,7 +44,7 @@ template <class T>
 __device__ __forceinline__ uint2 quantize_by_rule(const Block16<T>& block, const Quotient& by_outer, float outer,
                                                   uint32_t& scale) {
     const float most = block.amax();
-    const float ratio = by_outer.of(Quotient(kE2M1Max, 0.0f).of(most));
+    const float ratio = by_outer.of(Quotient(kE2M1Max, 1.0f / kE2M1Max, true).of(most));
     if (by_outer.safe() && most > 0x1p-60f && ratio >= 0x1p-6f && ratio <= kE4M3Max) {
         scale = encode_e4m3(ratio);
         // The scale is rounded by at most a sixteenth: no weight reaches 7.
