@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lrq_kernels import _native
 from lrq_kernels.dispatch import kernel
-from lrq_kernels.native.memory import on_cpu, with_contiguous_columns
+from lrq_kernels.native.memory import on_cpu, on_cuda, stream_of, with_contiguous_columns
 
 
 @kernel("amax", backend="cpu", accepts=on_cpu)
