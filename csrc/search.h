@@ -36,10 +36,29 @@ class Search {
         gain_ = divide(coherence, tree_sum(squares));
     }
 
+    // Upwards from `start` first, then downwards, in one loop: threads of a warp stay together.
     LRQ_INLINE int best_code(int start) {
-        upwards(start);
-        downwards(start - 1);
-        return best_code_;
+        // Doubling a scale can't lower |E|^2, so every phase of the octave has its own bound. The bounds move through
+        // the array, one place a step: indices stay constant, and a GPU keeps them in registers.
+        float bounds[kOctave];
+        LRQ_UNROLL
+        for (int i = 0; i < kOctave; ++i) bounds[i] = -INFINITY;
+        int code = start;
+        for (bool upwards = true;;) {
+            const float plain = visit(code);
+            if (upwards) {
+                float bound = code + kOctave >= Candidates::kDoublesFrom ? plain : -INFINITY;
+                do {
+                    LRQ_UNROLL
+                    for (int i = 1; i < kOctave; ++i) bounds[i - 1] = bounds[i];
+                    bounds[kOctave - 1] = bound;
+                    bound = bounds[0];
+                    upwards = ++code <= Candidates::kLast && any_can_win(bounds);
+                } while (upwards && !can_win(bound));
+                if (!upwards) code = start;
+            }
+            if (!upwards && (--code < Candidates::kFirst || !can_win_below(code))) return best_code_;
+        }
     }
 
   private:
@@ -91,39 +110,18 @@ class Search {
 
     LRQ_INLINE bool can_win(float bound) const { return bound * kSlack <= best_; }
 
-    // Doubling a scale can't lower |E|^2, so every phase of the octave has its own bound. The bounds move through the
-    // array, one place a step: indices stay constant, and a GPU keeps them in registers.
-    LRQ_INLINE void upwards(int code) {
-        float bounds[kOctave];
+    LRQ_INLINE bool any_can_win(const float (&bounds)[kOctave]) const {
+        bool any = false;
         LRQ_UNROLL
-        for (int i = 0; i < kOctave; ++i) bounds[i] = -INFINITY;
-        const int unbounded = code + kOctave;
-        for (bool any = true; any && code <= Candidates::kLast; ++code) {
-            float bound = bounds[0];
-            if (can_win(bound)) {
-                const float plain = visit(code);
-                bound = code + kOctave >= Candidates::kDoublesFrom ? plain : -INFINITY;
-            }
-            LRQ_UNROLL
-            for (int i = 1; i < kOctave; ++i) bounds[i - 1] = bounds[i];
-            bounds[kOctave - 1] = bound;
-            // The first octave is visited whatever its errors.
-            if (code + 1 < unbounded) continue;
-            any = false;
-            LRQ_UNROLL
-            for (int i = 0; i < kOctave; ++i) any |= can_win(bounds[i]);
-        }
+        for (int i = 0; i < kOctave; ++i) any |= can_win(bounds[i]);
+        return any;
     }
 
     // Below amax the largest weight alone costs (1 - max * scale/amax)^2, which grows as the scale falls.
-    LRQ_INLINE void downwards(int code) {
-        for (; code >= Candidates::kFirst; --code) {
-            const float ratio = over_amax(candidates_.scale(code));
-            const float open = 1.0f - Candidates::kLargest * ratio;
-            const float clipped = open > 0.0f ? open : 0.0f;
-            if (!can_win(clipped * clipped)) return;
-            visit(code);
-        }
+    LRQ_INLINE bool can_win_below(int code) const {
+        const float open = 1.0f - Candidates::kLargest * over_amax(candidates_.scale(code));
+        const float clipped = open > 0.0f ? open : 0.0f;
+        return can_win(clipped * clipped);
     }
 
     const float (&magnitudes_)[kSize];

@@ -155,17 +155,32 @@ __device__ __forceinline__ float approximate_reciprocal(float value) {
     return reciprocal;
 }
 
-// The 16 codes at a scale between 2^-80 and 2^80.
+// Codes at any scale, out of the way of the common case: instructions that are not run would crowd those that are.
+template <class T>
+__device__ __noinline__ uint2 encode_rarely(const Block16<T> block, float scale) {
+    const Quotient by_scale(scale, block.amax());
+    if (by_scale.safe()) {
+        const auto quotient = [&](float w) { return by_scale.of(w); };
+        return make_uint2(encode_e2m1x8<true>(block, 0, quotient), encode_e2m1x8<true>(block, 8, quotient));
+    }
+    const auto quotient = [&](float w) { return divide(w, scale == 0.0f ? 1.0f : scale); };
+    const uint2 codes = make_uint2(encode_e2m1x8<true>(block, 0, quotient), encode_e2m1x8<true>(block, 8, quotient));
+    return scale == 0.0f ? make_uint2(0, 0) : codes;
+}
+
+// Codes at a scale between 2^-80 and 2^80, of weights below 2^20 times the scale.
 template <bool kSaturate, class T>
 __device__ __forceinline__ uint2 encode_e2m1x16(const Block16<T>& block, float scale) {
-    if (may_cross_tie<kZeros<T>>(scale)) {
+    if constexpr (kZeros<T> == 0) {
         const Quotient by_scale(scale, 0.0f);
         const auto quotient = [&](float w) { return by_scale.of(w); };
         return make_uint2(encode_e2m1x8<kSaturate>(block, 0, quotient), encode_e2m1x8<kSaturate>(block, 8, quotient));
+    } else {
+        if (may_cross_tie<kZeros<T>>(scale)) return encode_rarely(block, scale);
+        const float reciprocal = approximate_reciprocal(scale);
+        const auto product = [&](float w) { return w * reciprocal; };
+        return make_uint2(encode_e2m1x8<kSaturate>(block, 0, product), encode_e2m1x8<kSaturate>(block, 8, product));
     }
-    const float reciprocal = approximate_reciprocal(scale);
-    const auto product = [&](float w) { return w * reciprocal; };
-    return make_uint2(encode_e2m1x8<kSaturate>(block, 0, product), encode_e2m1x8<kSaturate>(block, 8, product));
 }
 
 }  // namespace lrq::cuda

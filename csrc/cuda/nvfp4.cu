@@ -25,21 +25,15 @@ constexpr int kSpanTiles = kWarpSize / nvfp4::kTileColumns;
 template <class T>
 constexpr int kRowsOf = 8 / sizeof(T);
 
-// By division: scales of any size.
+// Small blocks, saturated scales, odd tensor scales.
 template <class T>
-__device__ __noinline__ uint2 divided_codes(const Block16<T> block, float scale) {
-    uint32_t words[2] = {0, 0};
-    if (scale != 0.0f) {
-#pragma unroll
-        for (int i = 0; i < kBlock; i += 2) {
-            const float2 two = block.pair(i);
-            words[i / 8] |= encode_e2m1x2(divide(two.x, scale), divide(two.y, scale)) << 4 * (i % 8);
-        }
-    }
-    return make_uint2(words[0], words[1]);
+__device__ __noinline__ uint3 quantize_rarely(const Block16<T> block, float outer) {
+    const uint32_t scale = nvfp4::ruled_scale(block.amax(), outer);
+    const uint2 codes = encode_rarely(block, outer * decode_e4m3(scale));
+    return make_uint3(codes.x, codes.y, scale);
 }
 
-// The scale of the rule, and the codes; small blocks, saturated scales and odd tensor scales take the division.
+// The scale of the rule, and the codes.
 template <class T>
 __device__ __forceinline__ uint2 quantize_by_rule(const Block16<T>& block, const Quotient& by_outer, float outer,
                                                   uint32_t& scale) {
@@ -50,8 +44,9 @@ __device__ __forceinline__ uint2 quantize_by_rule(const Block16<T>& block, const
         // The scale is rounded by at most a sixteenth: no weight reaches 7.
         return encode_e2m1x16<false>(block, outer * decode_e4m3(scale));
     }
-    scale = nvfp4::ruled_scale(most, outer);
-    return divided_codes(block, outer * decode_e4m3(scale));
+    const uint3 found = quantize_rarely(block, outer);
+    scale = found.z;
+    return make_uint2(found.x, found.y);
 }
 
 template <class T>
@@ -63,16 +58,18 @@ __device__ __forceinline__ uint2 quantize_by_search(const Block16<T>& block, flo
         const float2 two = block.pair(i);
         weights[i] = two.x, weights[i + 1] = two.y;
     }
-    scale = nvfp4::best_scale<kZeros<T>>(weights, block.amax(), outer, coherence);
+    const float most = block.amax();
+    scale = nvfp4::best_scale<kZeros<T>>(weights, most, outer, coherence);
     const float total = outer * decode_e4m3(scale);
-    return total > 0x1p-80f && total < 0x1p80f ? encode_e2m1x16<true>(block, total) : divided_codes(block, total);
+    const bool usual = total > 0x1p-80f && total < 0x1p80f && most < total * 0x1p20f;
+    return usual ? encode_e2m1x16<true>(block, total) : encode_rarely(block, total);
 }
 
 // A warp takes 32 neighbouring blocks of a row, a thread kRows rows with all of their loads in flight, and the four
 // warps the rows r, r + 32, r + 64 and r + 96: together 16 neighbouring bytes of the swizzled scales. `kWhole`: every
 // block starts at a multiple of 16 bytes and lies inside the matrix.
 template <class T, bool kSearch, bool kWhole>
-__global__ void __launch_bounds__(kThreads, kSearch ? 4 : 7)
+__global__ void __launch_bounds__(kThreads, kSearch ? 4 : 6)
     quantize_kernel(Layout layout, uint32_t spans, const float* amax, float coherence) {
     constexpr int kRows = kSearch ? 1 : kRowsOf<T>;
     constexpr int kShares = 32 / kRows;
