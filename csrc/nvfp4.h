@@ -26,9 +26,7 @@ struct Layout {
     float* tensor_scale;
 };
 
-template <int kZeros_>
 struct Candidates {
-    static constexpr int kZeros = kZeros_;
     static constexpr int kSize = kBlock;
     static constexpr int kFirst = 1;
     static constexpr int kLast = kE4M3LastCode;
@@ -53,7 +51,6 @@ LRQ_INLINE uint32_t ruled_scale(float amax, float tensor_scale) {
     return encode_e4m3(ratio < kE4M3Max ? ratio : kE4M3Max);
 }
 
-template <int kZeros>
 LRQ_INLINE uint32_t best_scale(const float (&block)[kBlock], float amax, float tensor_scale, float coherence) {
     const uint32_t ruled = ruled_scale(amax, tensor_scale);
     const int code = ruled ? static_cast<int>(ruled) : 1;
@@ -65,7 +62,7 @@ LRQ_INLINE uint32_t best_scale(const float (&block)[kBlock], float amax, float t
     float magnitudes[kBlock];
     LRQ_UNROLL
     for (int i = 0; i < kBlock; ++i) magnitudes[i] = magnitude(block[i]) * unit;
-    Search<Candidates<kZeros>> search(magnitudes, amax * unit, coherence, {tensor_scale, unit});
+    Search<Candidates> search(magnitudes, amax * unit, coherence, {tensor_scale, unit});
     return search.best_code(start < kE4M3LastCode ? start : kE4M3LastCode);
 }
 

@@ -61,24 +61,25 @@ class Quotient {
     bool safe_;
 };
 
-// Whether w * (1/divisor), from a reciprocal that is off by an ulp at most, may round to another E2M1 value than
-// w / divisor, for any w whose mantissa ends in `kZeros` zeros (16 for bfloat16, 13 for float16, 0: unknown). It can't
-// unless w lies within 4 ulp of a tie times the divisor; such weights are sparse, and ties are 1, 1.25, 1.5 or 1.75
-// times a power of two.
-template <int kZeros>
-LRQ_INLINE bool may_cross_tie(float divisor) {
-    if constexpr (kZeros == 0) {
-        return true;
-    } else {
-        constexpr uint32_t kMargin = 8;
-        uint32_t least = 0xffffffffu;
-        LRQ_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t above = (to_bits(divisor * (1.0f + 0.25f * i)) + kMargin) << (32 - kZeros);
-            least = above < least ? above : least;
-        }
-        return least <= 2 * kMargin << (32 - kZeros);
+// 1/divisor in two parts, for quotients that are rounded to E2M1: a multiplication less than above. tests/lrq_kernels/
+// quotient.cpp compares it with division, too: of all mantissas of the divisor only the last one fails.
+class TwoPartReciprocal {
+  public:
+    LRQ_INLINE explicit TwoPartReciprocal(float divisor)
+        : high_(reciprocal_of(divisor)), low_(fused(-divisor, high_, 1.0f) * high_) {}
+
+    static LRQ_INLINE bool serves(float divisor) {
+        return divisor > 0x1p-80f && divisor < 0x1p80f && (to_bits(divisor) & 0x7fffffu) != 0x7fffffu;
     }
-}
+
+    // The correctly rounded 1/divisor.
+    LRQ_INLINE float high() const { return high_; }
+
+    // On the same side of every tie of E2M1, or on it, as the correctly rounded quotient, but for the sign of zero.
+    LRQ_INLINE float times(float dividend) const { return fused(dividend, high_, dividend * low_); }
+
+  private:
+    float high_, low_;
+};
 
 }  // namespace lrq

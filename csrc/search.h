@@ -19,7 +19,7 @@ LRQ_INLINE float tree_sum(const float (&terms)[kSize]) {
     }
 }
 
-// `Candidates` holds kZeros (of quotient.h), kSize, kFirst, kLast, kOctave, kDoublesFrom, kLargest, kZeroBelow,
+// `Candidates` holds kSize, kFirst, kLast, kOctave, kDoublesFrom, kLargest, kZeroBelow,
 // nearest(y) and scale(code).
 template <class Candidates>
 class Search {
@@ -73,18 +73,21 @@ class Search {
 
     LRQ_INLINE float visit(int code) {
         const float scale = candidates_.scale(code);
-        const float inverse = reciprocal_of(scale);
         float squares[kSize], products[kSize];
 #ifdef __CUDA_ARCH__
-        if (!may_cross_tie<Candidates::kZeros>(scale)) {
+        const TwoPartReciprocal reciprocal(scale);
+        const float inverse = reciprocal.high();
+        if (TwoPartReciprocal::serves(scale)) {
             LRQ_UNROLL
             for (int i = 0; i < kSize; ++i) {
                 const float y = magnitudes_[i] * inverse;
-                const float error = Candidates::nearest(y) - y;
+                const float error = Candidates::nearest(reciprocal.times(magnitudes_[i])) - y;
                 squares[i] = error * error;
                 products[i] = error * y;
             }
         } else
+#else
+        const float inverse = reciprocal_of(scale);
 #endif
         {
             LRQ_UNROLL

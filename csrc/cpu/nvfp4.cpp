@@ -21,7 +21,7 @@ LRQ_CLONES void row_scales(const float* row, int64_t blocks, float tensor_scale,
     for (int64_t b = 0; b < blocks; ++b) {
         const float (&block)[kBlock] = *reinterpret_cast<const float (*)[kBlock]>(row + b * kBlock);
         const float amax = largest(block, kBlock);
-        const uint32_t scale = coherence ? nvfp4::best_scale<0>(block, amax, tensor_scale, *coherence)
+        const uint32_t scale = coherence ? nvfp4::best_scale(block, amax, tensor_scale, *coherence)
                                          : nvfp4::ruled_scale(amax, tensor_scale);
         scales[b] = static_cast<uint8_t>(scale);
     }

@@ -4,8 +4,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <type_traits>
-
 #include "../quotient.h"
 #include "load.h"
 
@@ -143,18 +141,6 @@ __device__ __forceinline__ uint32_t encode_e2m1x8(const Block16<T>& block, int f
 #endif
 }
 
-// Zeros at the end of the mantissa of every weight.
-template <class T>
-constexpr int kZeros = std::is_same_v<T, BFloat16>  ? 16
-                       : std::is_same_v<T, Float16> ? 13
-                                                    : 0;
-
-__device__ __forceinline__ float approximate_reciprocal(float value) {
-    float reciprocal;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(value));
-    return reciprocal;
-}
-
 // Codes at any scale, out of the way of the common case: instructions that are not run would crowd those that are.
 template <class T>
 __device__ __noinline__ uint2 encode_rarely(const Block16<T> block, float scale) {
@@ -168,19 +154,13 @@ __device__ __noinline__ uint2 encode_rarely(const Block16<T> block, float scale)
     return scale == 0.0f ? make_uint2(0, 0) : codes;
 }
 
-// Codes at a scale between 2^-80 and 2^80, of weights below 2^20 times the scale.
+// Codes of weights below 2^20 times the scale.
 template <bool kSaturate, class T>
 __device__ __forceinline__ uint2 encode_e2m1x16(const Block16<T>& block, float scale) {
-    if constexpr (kZeros<T> == 0) {
-        const Quotient by_scale(scale, 0.0f);
-        const auto quotient = [&](float w) { return by_scale.of(w); };
-        return make_uint2(encode_e2m1x8<kSaturate>(block, 0, quotient), encode_e2m1x8<kSaturate>(block, 8, quotient));
-    } else {
-        if (may_cross_tie<kZeros<T>>(scale)) return encode_rarely(block, scale);
-        const float reciprocal = approximate_reciprocal(scale);
-        const auto product = [&](float w) { return w * reciprocal; };
-        return make_uint2(encode_e2m1x8<kSaturate>(block, 0, product), encode_e2m1x8<kSaturate>(block, 8, product));
-    }
+    if (!TwoPartReciprocal::serves(scale)) return encode_rarely(block, scale);
+    const TwoPartReciprocal reciprocal(scale);
+    const auto quotient = [&](float w) { return copysignf(reciprocal.times(w), w); };
+    return make_uint2(encode_e2m1x8<kSaturate>(block, 0, quotient), encode_e2m1x8<kSaturate>(block, 8, quotient));
 }
 
 }  // namespace lrq::cuda

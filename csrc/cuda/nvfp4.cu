@@ -59,10 +59,9 @@ __device__ __forceinline__ uint2 quantize_by_search(const Block16<T>& block, flo
         weights[i] = two.x, weights[i + 1] = two.y;
     }
     const float most = block.amax();
-    scale = nvfp4::best_scale<kZeros<T>>(weights, most, outer, coherence);
+    scale = nvfp4::best_scale(weights, most, outer, coherence);
     const float total = outer * decode_e4m3(scale);
-    const bool usual = total > 0x1p-80f && total < 0x1p80f && most < total * 0x1p20f;
-    return usual ? encode_e2m1x16<true>(block, total) : encode_rarely(block, total);
+    return most < total * 0x1p20f ? encode_e2m1x16<true>(block, total) : encode_rarely(block, total);
 }
 
 // A warp takes 32 neighbouring blocks of a row, a thread kRows rows with all of their loads in flight, and the four

@@ -29,6 +29,24 @@ LRQ_CLONES int64_t wrong_near_tie(float tie, float exponent, uint32_t first, uin
     return wrong;
 }
 
+// Ties of E2M1 from the reciprocal in two parts.
+int64_t wrong_from_parts(uint32_t first, uint32_t count, uint32_t step) {
+    int64_t wrong = 0;
+    for (float tie : {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f})
+        for (uint32_t i = 0; i < count; ++i) {
+            const float divisor = lrq::from_bits(0x3f800000u + first + i * step);
+            if (!lrq::TwoPartReciprocal::serves(divisor)) continue;
+            const lrq::TwoPartReciprocal reciprocal(divisor);
+            const uint32_t middle = lrq::to_bits(divisor * tie);
+            for (int around = -kAround; around <= kAround; ++around) {
+                const float dividend = lrq::from_bits(middle + around);
+                const float fast = reciprocal.times(dividend), exact = dividend / divisor;
+                wrong += (fast < tie) != (exact < tie) || (fast > tie) != (exact > tie);
+            }
+        }
+    return wrong;
+}
+
 int64_t wrong_near_ties(float exponent, uint32_t step) {
     int64_t wrong = 0;
     for (int odd = 1; odd < 254; odd += 2)
@@ -72,6 +90,7 @@ int main(int, char** arguments) {
     int64_t wrong = wrong_near_ties(1.0f, step);
     for (float exponent : {0x1p-80f, 0x1p79f}) wrong += wrong_near_ties(exponent, step * 16 + 1);
     wrong += wrong_at_random(1000000);
+    wrong += wrong_from_parts(0, (1u << 23) / step, step) + wrong_from_parts((1u << 23) - 4096, 4096, 1);
     std::printf("%lld\n", static_cast<long long>(wrong));
     return wrong != 0;
 }
