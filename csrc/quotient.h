@@ -65,8 +65,17 @@ class Quotient {
 // quotient.cpp compares it with division, too: of all mantissas of the divisor only the last one fails.
 class TwoPartReciprocal {
   public:
-    LRQ_INLINE explicit TwoPartReciprocal(float divisor)
-        : high_(reciprocal_of(divisor)), low_(fused(-divisor, high_, 1.0f) * high_) {}
+    LRQ_INLINE explicit TwoPartReciprocal(float divisor) {
+#ifdef __CUDA_ARCH__
+        // What __frcp_rn does for the divisors that are served, without asking for their range.
+        float near;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(divisor));
+        high_ = fused(near, fused(-divisor, near, 1.0f), near);
+#else
+        high_ = 1.0f / divisor;
+#endif
+        low_ = fused(-divisor, high_, 1.0f) * high_;
+    }
 
     static LRQ_INLINE bool serves(float divisor) {
         return divisor > 0x1p-80f && divisor < 0x1p80f && (to_bits(divisor) & 0x7fffffu) != 0x7fffffu;

@@ -75,9 +75,9 @@ class Search {
         const float scale = candidates_.scale(code);
         float squares[kSize], products[kSize];
 #ifdef __CUDA_ARCH__
-        const TwoPartReciprocal reciprocal(scale);
-        const float inverse = reciprocal.high();
         if (TwoPartReciprocal::serves(scale)) {
+            const TwoPartReciprocal reciprocal(scale);
+            const float inverse = reciprocal.high();
             LRQ_UNROLL
             for (int i = 0; i < kSize; ++i) {
                 const float y = magnitudes_[i] * inverse;
@@ -85,11 +85,11 @@ class Search {
                 squares[i] = error * error;
                 products[i] = error * y;
             }
-        } else
+        } else {
 #else
-        const float inverse = reciprocal_of(scale);
-#endif
         {
+#endif
+            const float inverse = reciprocal_of(scale);
             LRQ_UNROLL
             for (int i = 0; i < kSize; ++i) {
                 const float y = magnitudes_[i] * inverse;

@@ -125,7 +125,8 @@ __device__ __forceinline__ uint32_t encode_e2m1x8(const Block16<T>& block, int f
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
         const float2 two = block.pair(first + i);
-        codes |= encode_e2m1x2(scaled(two.x), scaled(two.y)) << 4 * i;
+        // A reciprocal in two parts may lose the sign of zero.
+        codes |= encode_e2m1x2(copysignf(scaled(two.x), two.x), copysignf(scaled(two.y), two.y)) << 4 * i;
     }
     return codes;
 #else
@@ -159,7 +160,7 @@ template <bool kSaturate, class T>
 __device__ __forceinline__ uint2 encode_e2m1x16(const Block16<T>& block, float scale) {
     if (!TwoPartReciprocal::serves(scale)) return encode_rarely(block, scale);
     const TwoPartReciprocal reciprocal(scale);
-    const auto quotient = [&](float w) { return copysignf(reciprocal.times(w), w); };
+    const auto quotient = [&](float w) { return reciprocal.times(w); };
     return make_uint2(encode_e2m1x8<kSaturate>(block, 0, quotient), encode_e2m1x8<kSaturate>(block, 8, quotient));
 }
 
