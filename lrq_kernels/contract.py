@@ -33,10 +33,18 @@ def operation(allocate: Contract) -> Contract:
         # The dispatcher drops trailing arguments that equal their defaults.
         args += defaults[len(args) :]
         outputs = allocate(*args)
-        dispatch.call(name, args, outputs if isinstance(outputs, tuple) else (outputs,))
+        filled = outputs if isinstance(outputs, tuple) else (outputs,)
+        if any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            # Rounding has no derivative: outputs must not require one.
+            with torch.no_grad():
+                dispatch.call(name, args, filled)
+        else:
+            dispatch.call(name, args, filled)
         return outputs
 
     _library.impl(name, run, "CompositeExplicitAutograd")
+    # Without it torch marks the outputs as differentiable and warns in backward.
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"lrq::{name}", allocate, lib=_library)
     packet = getattr(torch.ops.lrq, name)
 
@@ -59,6 +67,12 @@ def check_matrix(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = F
         raise ValueError(f"{name}: shape must be [M,N] or [B,M,N], got {list(x.shape)}")
     if x.numel() == 0:
         raise ValueError(f"{name}: must not be empty, got shape {list(x.shape)}")
+
+
+def check_device(name: str, x: torch.Tensor, other: torch.Tensor) -> None:
+    """Raise unless ``x`` lies where ``other`` does."""
+    if x.device != other.device:
+        raise ValueError(f"{name}: must be on {other.device}, is on {x.device}")
 
 
 def check_shape(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

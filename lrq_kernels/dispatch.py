@@ -164,12 +164,19 @@ def bind(operation: str, *args: Any, **kwargs: Any) -> Bound:
         ValueError, TypeError: as the operation does.
         RuntimeError: no backend takes these inputs.
     """
+    contract, arguments = _arguments(operation, args, kwargs)
+    outputs = contract(*arguments)
+    return Bound(operation, choose(operation, arguments), arguments, outputs)
+
+
+def _arguments(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable, tuple[Any, ...]]:
+    """The contract of an operation and all of its arguments, defaults filled in."""
     if operation not in OPERATIONS:
         raise ValueError(f"operation {operation!r} does not exist; choose one of {', '.join(OPERATIONS)}")
     contract = getattr(lrq_kernels, operation).__wrapped__
     arguments = inspect.signature(contract).bind(*args, **kwargs)
     arguments.apply_defaults()
-    return Bound(operation, choose(operation, arguments.args), arguments.args, contract(*arguments.args))
+    return contract, arguments.args
 
 
 @contextlib.contextmanager
@@ -184,10 +191,9 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def explain(operation: str, *args: Any) -> dict[str, str]:
+def explain(operation: str, *args: Any, **kwargs: Any) -> dict[str, str]:
     """For each backend, ``"chosen"``, ``"accepts"`` or the reason why it can't take these inputs."""
-    if operation not in OPERATIONS:
-        raise ValueError(f"operation {operation!r} does not exist; choose one of {', '.join(OPERATIONS)}")
+    args = _arguments(operation, args, kwargs)[1]
     reasons = {backend: refusal(operation, backend, args) or "accepts" for backend in BACKENDS}
     reasons[choose(operation, args)] = "chosen"
     return reasons

@@ -36,7 +36,7 @@ def quantize_fp8(
         codes = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     """
     check_matrix("x", x)
-    check_given_scale(scale, scaling, x.shape[:-2])
+    check_given_scale(scale, scaling, x)
     shape = scale_shape(x.shape, scaling, block, row_tail=())
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
     return codes, x.new_empty(shape, dtype=torch.float32)

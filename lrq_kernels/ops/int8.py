@@ -37,7 +37,7 @@ def quantize_int8(
         codes = (x.float() / scale).round().to(torch.int8)
     """
     check_matrix("x", x)
-    check_given_scale(scale, scaling, x.shape[:-2])
+    check_given_scale(scale, scaling, x)
     if hadamard:
         check_group(hadamard, x.shape[-1])
     shape = scale_shape(x.shape, scaling, block, row_tail=(1,))

@@ -34,8 +34,8 @@ def quantize_mxfp8(x: Tensor, coherence: float | None = None) -> tuple[Tensor, T
         TypeError, ValueError: dtype, shape or ``coherence`` out of the above.
     """
     check_matrix("x", x)
-    if coherence is not None and coherence < 0:
-        raise ValueError(f"coherence must not be negative, got {coherence}")
+    if coherence is not None and not 0 <= coherence < float("inf"):
+        raise ValueError(f"coherence must be finite and not negative, got {coherence}")
     batch = x.shape[:-2]
     rows, columns = round_up(x.shape[-2], ROW_MULTIPLE), round_up(x.shape[-1], BLOCK)
     return (

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrq_kernels.contract import FLOATS, check_matrix, check_shape, operation, round_up
+from lrq_kernels.contract import FLOATS, check_device, check_matrix, check_shape, operation, round_up
 from lrq_kernels.ops.swizzle import swizzled_shape
 
 BLOCK = 16
@@ -40,8 +40,9 @@ def quantize_nvfp4(
     check_matrix("x", x)
     if tensor_scale is not None:
         check_shape("tensor_scale", tensor_scale, x.shape[:-2], torch.float32)
-    if coherence is not None and coherence < 0:
-        raise ValueError(f"coherence must not be negative, got {coherence}")
+        check_device("tensor_scale", tensor_scale, x)
+    if coherence is not None and not 0 <= coherence < float("inf"):
+        raise ValueError(f"coherence must be finite and not negative, got {coherence}")
     batch = x.shape[:-2]
     rows, columns = round_up(x.shape[-2], ROW_MULTIPLE), round_up(x.shape[-1], BLOCK)
     return (

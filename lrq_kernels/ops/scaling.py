@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrq_kernels.contract import check_shape
+from lrq_kernels.contract import check_device, check_shape
 
 SCALINGS = ("tensor", "row", "block")
 
@@ -26,13 +26,14 @@ def scale_shape(shape: torch.Size, scaling: str, block: int, row_tail: tuple[int
     return (*batch, rows // block, columns // block)
 
 
-def check_given_scale(scale: Tensor | None, scaling: str, batch: torch.Size) -> None:
+def check_given_scale(scale: Tensor | None, scaling: str, x: Tensor) -> None:
     """A scale can be given for the whole matrix only."""
     if scale is None:
         return
     if scaling != "tensor":
         raise ValueError(f"scale can be given with scaling 'tensor' only, not {scaling!r}")
-    check_shape("scale", scale, tuple(batch), torch.float32)
+    check_shape("scale", scale, tuple(x.shape[:-2]), torch.float32)
+    check_device("scale", scale, x)
 
 
 def expand_scale(scale: Tensor, shape: torch.Size) -> Tensor:

@@ -101,9 +101,12 @@ class Rounding:
     min_k: int = _setting(64, "Fewest directions.", minimum=1)
     max_k: int = _setting(1280, "Most directions.", minimum=1)
 
-    plain_weight: float = field(default=1.0, metadata={"meaning": "λ, the weight of the plain error.", "flag": False})
-    spectrum: float = field(
-        default=0.0, metadata={"meaning": "p: a direction of singular value σ counts as σ^p.", "flag": False}
+    plain_weight: float = field(
+        default=1.0,
+        metadata={"meaning": "λ, the weight of the plain error.", "flag": False, "minimum": 0.0, "maximum": 1e6},
+    )
+    spectrum: float = _setting(
+        0.0, "p: a direction of singular value σ counts as σ^p.", flag=False, minimum=0.0, maximum=8.0
     )
 
     def check(self) -> None:

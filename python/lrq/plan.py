@@ -150,7 +150,8 @@ def _assemble(
     source: Reader, conversion: Conversion, layers: tuple[Layer, ...], kept: dict[str, str], refused: dict[str, str]
 ) -> Plan:
     planned = {layer.source.name: layer for layer in layers}
-    markers = _source_markers(source, planned)
+    markers = source_markers(source, frozenset(layer.name for layer in layers))
+    _refuse_unmarked(source, markers)
     tensors: list[tuple[str, str, Shape]] = []
     copied = []
     for entry in source.header.entries:
@@ -175,7 +176,17 @@ def _assemble(
     return Plan(layers, kept, refused, tuple(copied), header, header_bytes)
 
 
-def _source_markers(source: Reader, planned: dict[str, Layer]) -> comfyui.Markers:
+def _refuse_unmarked(source: Reader, markers: comfyui.Markers) -> None:
+    for name in source.entries:
+        layer, _, suffix = name.rpartition(".")
+        if suffix == "weight_scale" and layer not in markers:
+            raise InputError(
+                f"{source.path}: layer {printable(layer)}: quantized already, but without a marker that says how; "
+                "convert the high-precision original"
+            )
+
+
+def source_markers(source: Reader, planned: frozenset[str] = frozenset()) -> comfyui.Markers:
     """Markers of layers that come quantized and stay so; a stale entry, of a layer that is not, is dropped."""
     try:
         stated = comfyui.read_metadata_entry(source.header.metadata)
@@ -192,7 +203,7 @@ def _source_markers(source: Reader, planned: dict[str, Layer]) -> comfyui.Marker
             markers[name] = stated.get(name, marker)
         elif suffix == "weight" and entry.dtype not in FLOAT_DTYPES and name in stated:
             markers.setdefault(name, stated[name])
-    return {name: marker for name, marker in markers.items() if f"{name}.weight" not in planned}
+    return {name: marker for name, marker in markers.items() if name not in planned}
 
 
 def _provenance(source: Reader, conversion: Conversion) -> str:
@@ -210,5 +221,5 @@ def effective(conversion: Conversion, provenance: str | None) -> Conversion:
     try:
         recorded = json.loads(provenance or "")["settings"]
         return Conversion.from_settings(recorded)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return dataclasses.replace(conversion)

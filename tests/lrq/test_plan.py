@@ -179,6 +179,10 @@ def test_a_quantized_weight_is_never_quantized_again(tmp_path, sibling, dtype):
     tensors = {"a.weight": normal(16, 16).to(dtype), f"a.{sibling}": torch.ones(1), "b.weight": normal(16, 16)}
     if sibling == "comfy_quant":
         tensors["a.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    if sibling == "weight_scale":
+        with pytest.raises(InputError, match="layer a: quantized already, but without a marker"):
+            plan(save(tmp_path / "in", tensors))
+        return
     made = plan(save(tmp_path / "in", tensors))
     assert [layer.name for layer in made.layers] == ["b"]
     assert made.kept["a.weight"] == "quantized already"
@@ -195,6 +199,15 @@ def test_settings_survive_the_way_through_the_provenance(tmp_path):
     with Reader(source) as reader:
         made = make_plan(reader, conversion)
     assert effective(Conversion(), made.header.metadata["lrq"]) == conversion
-    hostile = (None, "", "nope", "[]", "[" * 99_999, '{"settings": {"seed": "x"}}', '{"settings": {"later": 1}}')
+    hostile = (
+        None,
+        "",
+        "nope",
+        "[]",
+        "[" * 99_999,
+        '{"settings": []}',
+        '{"settings": {"seed": "x"}}',
+        '{"settings": {"later": 1}}',
+    )
     for broken in hostile:
         assert effective(Conversion(seed=3), broken) == Conversion(seed=3)

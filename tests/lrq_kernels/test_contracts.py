@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -121,7 +123,7 @@ def test_fullgraph_compile() -> None:
         (lambda: lrq_kernels.quantize_nvfp4(W[0]), r"x: shape must be \[M,N\] or \[B,M,N\], got \[64\]"),
         (lambda: lrq_kernels.quantize_mxfp8(W[:0]), "x: must not be empty"),
         (lambda: lrq_kernels.quantize_nvfp4(W, torch.ones(1)), r"tensor_scale: shape must be \[\], got \[1\]"),
-        (lambda: lrq_kernels.quantize_nvfp4(W, None, -1.0), "coherence must not be negative, got -1.0"),
+        (lambda: lrq_kernels.quantize_nvfp4(W, None, -1.0), "coherence must be finite and not negative, got -1.0"),
         (lambda: lrq_kernels.quantize_fp8(W, "column"), "scaling must be one of tensor, row, block, got 'column'"),
         (lambda: lrq_kernels.quantize_int8(W, "block", 128), "multiples of the block 128, got 40 x 64"),
         (
@@ -138,3 +140,29 @@ def test_fullgraph_compile() -> None:
 def test_refusals_say_what_and_where(call, words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         call()
+
+
+def test_a_parameter_gives_plain_tensors() -> None:
+    for backend in ("reference", None):
+        with lrq_kernels.use_backend(backend) if backend else contextlib.nullcontext():
+            for output in lrq_kernels.quantize_nvfp4(torch.nn.Parameter(torch.randn(16, 32))):
+                assert not output.requires_grad
+
+
+@pytest.mark.parametrize("coherence", [float("nan"), float("inf"), -1.0])
+def test_coherence_is_a_finite_number(coherence: float) -> None:
+    for quantize in (lrq_kernels.quantize_mxfp8, lambda x, c: lrq_kernels.quantize_nvfp4(x, None, c)):
+        with pytest.raises(ValueError, match="coherence must be finite"):
+            quantize(torch.randn(32, 32), coherence)
+
+
+def test_a_given_scale_lies_with_the_matrix() -> None:
+    x, scale = torch.randn(16, 32), torch.ones((), device="meta")
+    calls = (lrq_kernels.quantize_fp8, lrq_kernels.quantize_int8)
+    for call in (*(lambda f=f: f(x, scale=scale) for f in calls), lambda: lrq_kernels.quantize_nvfp4(x, scale)):
+        with pytest.raises(ValueError, match="scale: must be on cpu, is on meta"):
+            call()
+
+
+def test_explain_fills_in_defaults() -> None:
+    assert "chosen" in lrq_kernels.explain("quantize_nvfp4", torch.randn(4, 16)).values()

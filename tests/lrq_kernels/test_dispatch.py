@@ -91,7 +91,7 @@ def test_bound_operation_follows_its_input() -> None:
         assert [t.data_ptr() for t in found] == memory
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-    with pytest.raises(ValueError, match="coherence must not be negative"):
+    with pytest.raises(ValueError, match="coherence must be finite and not negative"):
         lrq_kernels.bind("quantize_nvfp4", w, coherence=-1.0)
     with pytest.raises(ValueError, match="does not exist"):
         lrq_kernels.bind("quantise", w)

@@ -45,6 +45,8 @@ class Reader:
         self.path = Path(path)
         if self.path.is_dir():
             raise InputError(f"{self.path}: is a folder; name one .safetensors file")
+        if self.path.exists() and not self.path.is_file():
+            raise InputError(f"{self.path}: is a pipe or a device; name one .safetensors file")
         try:
             self._file = self.path.open("rb", buffering=0)
         except OSError as error:

@@ -34,6 +34,11 @@ def _stop(*_: Any) -> NoReturn:
 def _guarded(work: Callable[[], Any]) -> Any:
     """Run ``work``; what a user can cause becomes one line on stderr."""
 
+    try:
+        # Before signals are heeded: an import may swallow what they raise, and there is nothing yet to remove.
+        import torch  # noqa: F401
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", INTERRUPTED)
     # What is ignored stays so: nohup ignores SIGHUP.
     heeded = [number for number in _STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     handlers = {number: signal.signal(number, _stop) for number in heeded}

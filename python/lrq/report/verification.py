@@ -17,7 +17,7 @@ from lrq.dialects import comfyui
 from lrq.errors import printable
 from lrq.formats import Format, Shape, Tensors, read_format
 from lrq.models.policy import FLOAT_DTYPES
-from lrq.plan import PROVENANCE, effective
+from lrq.plan import PROVENANCE, effective, source_markers
 from lrq.report.error import LayerError, measure
 
 WORSE_THAN_NEAREST = 1.5
@@ -107,11 +107,17 @@ def _read_markers(output: Reader, source: Reader | None) -> tuple[comfyui.Marker
         if suffix != comfyui.MARKER:
             continue
         try:
+            if entry.dtype != "U8" or len(entry.shape) != 1:
+                raise ValueError(f"must be U8 in one dimension, is {entry.dtype} {list(entry.shape)}")
             markers[name] = comfyui.read_marker_tensor(b"".join(output.chunks(entry)))
         except ValueError as error:
             failures.append(f"layer {printable(name)}: its {comfyui.MARKER} {error}")
-    for name in sorted(markers.keys() | stated.keys()):
-        if markers.get(name) != stated.get(name) and not _came_quantized(source, name):
+    came = source_markers(source) if source is not None else {}
+    for name in sorted(markers.keys() | stated.keys() | came.keys()):
+        if _came_quantized(source, name):
+            if stated.get(name) != came.get(name):
+                failures.append(f"layer {printable(name)}: came quantized, and its entry in {comfyui.METADATA} differs")
+        elif markers.get(name) != stated.get(name):
             there = "differs from" if name in markers and name in stated else "is missing from one of"
             failures.append(f"layer {printable(name)}: marker {there} {comfyui.MARKER} and {comfyui.METADATA}")
     return {**stated, **markers}, failures
@@ -203,9 +209,13 @@ def _check_values(fmt: Format, tensors: Tensors, shape: Shape) -> None:
         values = tensor.float()
         if not (torch.isfinite(values) & (values >= 0)).all():
             raise ValueError(f"{suffix} holds a negative or non-finite scale")
+        if suffix == "weight_scale_2" and (values == 0).any():
+            raise ValueError(f"{suffix} is zero")
     scales = tensors["weight_scale"]
     if fmt.name == "mxfp8" and (scales == 255).any():
         raise ValueError("weight_scale holds byte 255, which is NaN")
+    if tensors["weight"].dtype == torch.int8 and (tensors["weight"] == -128).any():
+        raise ValueError("weight holds the code -128; codes go from -127 to 127")
     if not torch.isfinite(fmt.dequantize(tensors, shape)).all():
         raise ValueError("the stored weight is not finite")
     if fmt.name in ("nvfp4", "mxfp8"):
@@ -225,6 +235,9 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _provenance(output: Reader, source: Reader) -> Iterator[str]:
+    for key, value in source.header.metadata.items():
+        if key not in (comfyui.METADATA, PROVENANCE) and output.header.metadata.get(key) != value:
+            yield f"header: the source's metadata {printable(key)} is missing or differs"
     try:
         recorded = json.loads(output.header.metadata[PROVENANCE])["source"]["header_sha256"]
     except (KeyError, ValueError, TypeError, RecursionError):

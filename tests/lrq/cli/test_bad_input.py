@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -296,3 +297,29 @@ def test_python_settings_of_the_wrong_type_are_named(tmp_path, source, setting):
     with pytest.raises(InputError, match=f"--{next(iter(setting))}: "):
         lrq.quantize(source, tmp_path / "out.safetensors", **setting)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["convert", "verify"])
+def test_a_pipe_is_not_waited_for(tmp_path, command):
+    os.mkfifo(tmp_path / "pipe")
+    args = ("-i", tmp_path / "pipe") if command == "convert" else (tmp_path / "pipe",)
+    assert "is a pipe or a device" in refused(run(command, *args))
+
+
+def test_a_layer_quantized_without_a_marker_is_named(tmp_path):
+    tensors = {**transformer(), "blocks.0.q.weight": normal(16, 32).to(torch.float8_e4m3fn)}
+    tensors["blocks.0.q.weight_scale"] = torch.tensor(0.5)
+    save(tmp_path / "half.safetensors", tensors)
+    assert "layer blocks.0.q: quantized already, but without a marker" in refuse(
+        tmp_path, "-i", tmp_path / "half.safetensors", "--nvfp4", "--simple"
+    )
+
+
+def test_a_signal_while_torch_is_imported_ends_the_run(tmp_path, source):
+    command = [sys.executable, "-m", "lrq.cli", "convert", "-i", str(source), "-o", str(tmp_path / "o.safetensors")]
+    for delay in (0.1, 0.3, 0.5):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) in (-signal.SIGTERM, 130, 0)
+        assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []

@@ -289,3 +289,41 @@ def test_the_errors_are_those_of_the_definition(good, source, name):
         sums += torch.stack([error.square().sum(), w.square().sum()])
     assert result.total.frobenius == pytest.approx((sums[0] / sums[1]).sqrt().item(), rel=1e-9)
     assert result.total.frobenius_ratio == pytest.approx(1) or name == "nvfp4"
+
+
+def test_what_loaders_would_misread_fails(good, source):
+    layer = next(iter(json.loads(load(good("nvfp4")).metadata["_quantization_metadata"])["layers"]))
+
+    def zero_scale(file):
+        file.tensors[f"{layer}.weight_scale_2"] *= 0
+
+    def wide_code(file):
+        file.tensors[f"{layer}.weight"].view(-1)[0] = -128
+
+    def flat_marker(file):
+        file.tensors[f"{layer}.comfy_quant"] = file.tensors[f"{layer}.comfy_quant"][None]
+
+    assert f"layer {layer}: weight_scale_2 is zero" in failures(tampered(good("nvfp4"), zero_scale), source)
+    assert any("code -128" in line for line in failures(tampered(good("int8-row"), wide_code), source))
+    assert any("must be U8 in one dimension" in line for line in failures(tampered(good("fp8"), flat_marker), source))
+
+
+def test_the_metadata_of_the_source_must_be_there(good, source):
+    bad = tampered(good("mxfp8"), lambda file: file.metadata.pop("format"))
+    assert failures(bad, source) == ["header: the source's metadata format is missing or differs"]
+
+
+def test_a_marker_of_a_layer_that_came_quantized_must_be_the_sources(good, tmp_path):
+    file = load(good("int8-row"))
+    second = save(tmp_path / "in.safetensors", {**file.tensors, "blocks.9.fc.weight": normal(32, 64)}, file.metadata)
+    assert run("convert", "-i", second, "-o", tmp_path / "out.safetensors", "--nvfp4", "--simple").exit_code == 0
+    assert verify(tmp_path / "out.safetensors", second).ok
+    layer = next(iter(json.loads(file.metadata["_quantization_metadata"])["layers"]))
+
+    def rotated(file):
+        table = json.loads(file.metadata["_quantization_metadata"])
+        table["layers"][layer] |= {"convrot": True, "convrot_groupsize": 64}
+        file.metadata["_quantization_metadata"] = json.dumps(table)
+
+    bad = tampered(tmp_path / "out.safetensors", rotated)
+    assert any(f"layer {layer}: came quantized, and its entry" in line for line in failures(bad, second))
