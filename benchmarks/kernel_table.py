@@ -22,8 +22,8 @@ def table(results: dict) -> str:
     where = f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, commit {machine['commit']}"
     lines = [
         f"{where}: % of the {copy:.0f} GB/s of a 1 GiB copy in the same run",
-        "(bf16, inputs read once, outputs written once), CUDA backend; in brackets how many times faster than the best of",
-        f"comfy-kitchen {machine.get('comfy-kitchen', '')} and torchao.",
+        "(bf16, inputs read once, outputs written once), CUDA backend; in brackets how many times faster than the best",
+        f"of comfy-kitchen {machine.get('comfy-kitchen', '')} and torchao.",
         "",
         f"| | {' | '.join(SHAPES)} |",
         "|---|" + "---|" * len(SHAPES),
