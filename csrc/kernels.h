@@ -51,8 +51,9 @@ namespace lrq::cuda {
 // Why kernels of this build can't run on the device; empty if they can.
 std::string refusal(int device_index);
 
-// `amax` is a float32 [B] of zeros to work in, absent if the scale is given.
-void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, const std::optional<Tensor>& amax,
+// `room` is float32 [slots] to work in, at least one slot a matrix, absent if the scale is given. With slots for the
+// thread blocks of a whole GPU, too, one launch does it all.
+void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, const std::optional<Tensor>& room,
                     std::optional<double> coherence, const Tensor& codes, const Tensor& block_scales,
                     const Tensor& tensor_scale, uintptr_t stream);
 
@@ -73,18 +74,17 @@ void swizzle_scales(const Tensor& scales, const Tensor& out, uintptr_t stream);
 // `swizzled` is contiguous.
 void unswizzle_scales(const Tensor& swizzled, const Tensor& out, uintptr_t stream);
 
-// `out` starts as zeros.
 void amax(const Tensor& x, const Tensor& out, uintptr_t stream);
 
-// `amax` as above, absent unless a matrix has one scale that is not given.
+// `room` as above, absent unless a matrix has one scale that is not given.
 void quantize_fp8(const Tensor& x, const std::string& scaling, int64_t block, const std::optional<Tensor>& given_scale,
-                  const std::optional<Tensor>& amax, const Tensor& codes, const Tensor& scale, uintptr_t stream);
+                  const std::optional<Tensor>& room, const Tensor& codes, const Tensor& scale, uintptr_t stream);
 
 void dequantize_fp8(const Tensor& codes, const Tensor& scale, const Tensor& out, uintptr_t stream);
 
 // Rotates rows that have a scale each; otherwise `group` is 0.
 void quantize_int8(const Tensor& x, const std::string& scaling, int64_t block, const std::optional<Tensor>& given_scale,
-                   const std::optional<Tensor>& amax, int group, const Tensor& codes, const Tensor& scale,
+                   const std::optional<Tensor>& room, int group, const Tensor& codes, const Tensor& scale,
                    uintptr_t stream);
 
 void dequantize_int8(const Tensor& codes, const Tensor& scale, const Tensor& out, uintptr_t stream);

@@ -46,130 +46,112 @@ LRQ_INLINE uint32_t ruled_exponent(float amax) {
 // 1/2^(exponent-127): a product with it has the bits of the quotient.
 LRQ_INLINE float reciprocal(uint32_t exponent) { return decode_e8m0(kLastExponent - exponent); }
 
-// What search.h does, for scales that are powers of two. Doubling such a scale moves no weight, until one becomes
-// subnormal: the candidates before that tie with the start, and the smaller wins a tie. Every error is exact, so |E|^2
-// never falls as the scale doubles, rounding included: the bound upwards needs no slack, and without coherence nothing
-// above the start can win. One loop goes both ways, so that threads of a warp stay together.
+// What search.h does, for scales that are powers of two, in units in which the scale of the start is 1. Doubling such a
+// scale moves no weight, until one becomes subnormal: the candidates before that tie with the start, and the smaller
+// wins a tie. Every error is exact, so |E|^2 never falls as the scale doubles, rounding included: the bound upwards
+// needs no slack, and without coherence nothing above the start can win. One loop goes both ways, so that threads of a
+// warp stay together.
 class Search {
   public:
-    LRQ_INLINE Search(const float (&block)[kBlock], float amax, float coherence) : block_(block), amax_(amax) {
-        gain_ = 0.0f;
-        if (coherence == 0.0f) return;
+    LRQ_INLINE Search(const float (&block)[kBlock], float amax, int start, float coherence) : start_(start) {
+        const float unit = reciprocal(static_cast<uint32_t>(start));
+        amax_ = amax * unit;
         float squares[kBlock];
-#ifdef __CUDA_ARCH__
-        // Without a branch, and the bits of the division wherever the square does not vanish: amax in [224, 448] times
-        // a power of two, its reciprocal correctly rounded, and two corrections, the last from a faithful quotient
-        // (Markstein 1990).
-        const float unit = reciprocal(ruled_exponent(amax));
-        const float divisor = amax * unit;
-        const float inverse = __frcp_rn(divisor);
         LRQ_UNROLL
         for (int i = 0; i < kBlock; ++i) {
-            const float y = magnitude(block[i]) * unit;
-            float relative = y * inverse;
-            relative = __fmaf_rn(__fmaf_rn(-divisor, relative, y), inverse, relative);
-            relative = __fmaf_rn(__fmaf_rn(-divisor, relative, y), inverse, relative);
-            squares[i] = relative * relative;
+            magnitudes_[i] = magnitude(block[i]) * unit;
+            squares[i] = magnitudes_[i] * magnitudes_[i];
         }
-#else
-        LRQ_UNROLL
-        for (int i = 0; i < kBlock; ++i) {
-            const float relative = divide(magnitude(block[i]), amax);
-            squares[i] = relative * relative;
-        }
-#endif
         gain_ = divide(coherence, tree_sum(squares));
     }
 
-    LRQ_INLINE int best_code(int start) {
-        float bound = -INFINITY;
-        bool overflows = false;
-        int code = start;
+    LRQ_INLINE int best_exponent() {
+        float bound = visit(0);
+        int step = 0;
         for (bool down = true;;) {
-            const float plain = visit(code);
-            if (code == start) overflows = !(best_ < INFINITY);
-            if (code >= start) bound = plain;
             if (down) {
-                down = --code >= 1 && can_win_down(code);
-                if (down) continue;
-                if (!can_win_up(bound)) return best_code_;
-                const int coarser = overflows ? 0 : first_coarser();
-                code = coarser > start ? coarser : start + 1;
-            } else {
-                ++code;
+                down = --step >= least_step() && can_win_down(step);
+                if (!down) step = first_coarser() - 1;
             }
-            if (code > kLastExponent || rounds_to_zero(code) || !can_win_up(bound)) return best_code_;
+            if (!down && (++step > kLastExponent - start_ || rounds_to_zero(step) || !can_win_up(bound)))
+                return start_ + best_step_;
+            const float plain = visit(step);
+            if (step > 0) bound = plain;
         }
     }
 
   private:
-    // The bounds hold in exact arithmetic; this much of them is given up to float32.
+    // The bound holds in exact arithmetic; this much of it is given up to float32.
     static constexpr float kSlack = 0.999f;
     // Below it, squares may be subnormal and errors no longer exact.
-    static constexpr float kInexact = 1e-20f;
+    static constexpr float kInexact = 1e-10f;
+    // So far below the start the squares overflow, and nothing wins.
+    static constexpr int kLeastStep = -100;
 
-    LRQ_INLINE bool rounds_to_zero(int code) const {
-        return !(0x1p-10f * decode_e8m0(static_cast<uint32_t>(code)) < amax_);
-    }
+    static LRQ_INLINE float power(int step) { return from_bits(static_cast<uint32_t>(127 + step) << 23); }
+
+    LRQ_INLINE int least_step() const { return 1 - start_ > kLeastStep ? 1 - start_ : kLeastStep; }
+
+    LRQ_INLINE bool rounds_to_zero(int step) const { return !(0x1p-10f * power(step) < amax_); }
 
     LRQ_INLINE bool can_win_up(float bound) const {
         return bound < best_ || (bound < kInexact && bound * kSlack <= best_);
     }
 
-    // Below amax the largest weight alone costs (1 - 448 * scale/amax)^2, which grows as the scale falls.
-    LRQ_INLINE bool can_win_down(int code) const {
-        const float open = 1.0f - kE4M3Max * divide(decode_e8m0(static_cast<uint32_t>(code)), amax_);
+    // Below amax the largest weight alone costs (amax - 448 * scale)^2, which grows as the scale falls.
+    LRQ_INLINE bool can_win_down(int step) const {
+        const float open = amax_ - kE4M3Max * power(step);
         const float clipped = open > 0.0f ? open : 0.0f;
         return clipped * clipped * kSlack <= best_;
     }
 
-    // The first code whose grid is coarser than that of the code before at the smallest weight but zeros; 0 if unknown.
+    // The first step up to a grid that is coarser at the smallest weight but zeros than the one before.
     LRQ_INLINE int first_coarser() const {
         uint32_t least = 0xffffffffu;
         LRQ_UNROLL
         for (int i = 0; i < kBlock; ++i) {
             // Zero becomes the largest.
-            const uint32_t before = to_bits(magnitude(block_[i])) - 1u;
+            const uint32_t before = to_bits(magnitudes_[i]) - 1u;
             least = before < least ? before : least;
         }
-        const int exponent = static_cast<int>((least + 1u) >> 23);
-        return exponent == 0 ? 0 : exponent + 7;
+        const int step = static_cast<int>((least + 1u) >> 23) - 120;
+        return step > 1 ? step : 1;
     }
 
-    LRQ_INLINE float visit(int code) {
-        const float inverse = reciprocal(static_cast<uint32_t>(code));
+    LRQ_INLINE float visit(int step) {
+        const float inverse = power(-step);
         float squares[kBlock], products[kBlock];
         LRQ_UNROLL
         for (int i = 0; i < kBlock; ++i) {
-            const float y = magnitude(block_[i]) * inverse;
+            const float y = magnitudes_[i] * inverse;
             const float error = nearest_e4m3(y) - y;
             squares[i] = error * error;
             products[i] = error * y;
         }
-        const float ratio = divide(decode_e8m0(static_cast<uint32_t>(code)), amax_);
-        const float square = ratio * ratio;
+        const float square = power(step) * power(step);
         const float plain = square * tree_sum(squares);
-        const float along = tree_sum(products);
-        const float value = plain + square * (gain_ * (square * (along * along)));
-        if (!rounds_to_zero(code) && (value < best_ || (value == best_ && code < best_code_))) {
+        const float along = square * tree_sum(products);
+        const float value = plain + gain_ * (along * along);
+        // Steps come in order, those down first: of equal values the smaller scale wins.
+        if (value < best_ || (value == best_ && step < best_step_)) {
             best_ = value;
-            best_code_ = code;
+            best_step_ = step;
         }
         return plain;
     }
 
-    const float (&block_)[kBlock];
-    float amax_;
-    float gain_;
+    float magnitudes_[kBlock];
+    float amax_, gain_;
+    int start_;
     float best_ = INFINITY;
-    int best_code_ = 0;
+    int best_step_ = 0;
 };
 
 LRQ_INLINE uint32_t best_exponent(const float (&block)[kBlock], float amax, float coherence) {
     const uint32_t start = ruled_exponent(amax);
     if (start == 0) return 0;
-    Search search(block, amax, coherence);
-    return static_cast<uint32_t>(search.best_code(static_cast<int>(start)));
+    Search search(block, amax, static_cast<int>(start), coherence);
+    return static_cast<uint32_t>(search.best_exponent());
 }
 
 }  // namespace lrq::mxfp8

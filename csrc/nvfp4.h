@@ -53,17 +53,19 @@ LRQ_INLINE uint32_t ruled_scale(float amax, float tensor_scale) {
 
 LRQ_INLINE uint32_t best_scale(const float (&block)[kBlock], float amax, float tensor_scale, float coherence) {
     const uint32_t ruled = ruled_scale(amax, tensor_scale);
-    const int code = ruled ? static_cast<int>(ruled) : 1;
-    const float scale = tensor_scale * decode_e4m3(code);
+    int start = ruled ? static_cast<int>(ruled) : 1;
+    const float scale = tensor_scale * decode_e4m3(start);
     if (!(amax > 0.0f && scale > 0.0f)) return 0;
-    const int start = code + (divide(amax, scale) > kE2M1Max ? 1 : 0);
-    // Reciprocals of scales must be finite.
-    const float unit = tensor_scale < 0x1p-80f ? 0x1p80f : 1.0f;
+    start += divide(amax, scale) > kE2M1Max && start < kE4M3LastCode ? 1 : 0;
+    const float total = tensor_scale * decode_e4m3(start);
+    // Of a block far beyond the last scale that is the best one: its largest weight decides.
+    if (!(amax <= 0x1p20f * total)) return start;
+    const float unit = decode_e8m0(254u - (to_bits(total) >> 23));
     float magnitudes[kBlock];
     LRQ_UNROLL
     for (int i = 0; i < kBlock; ++i) magnitudes[i] = magnitude(block[i]) * unit;
     Search<Candidates> search(magnitudes, amax * unit, coherence, {tensor_scale, unit});
-    return search.best_code(start < kE4M3LastCode ? start : kE4M3LastCode);
+    return search.best_code(start);
 }
 
 }  // namespace lrq::nvfp4

@@ -61,8 +61,9 @@ class Quotient {
     bool safe_;
 };
 
-// 1/divisor in two parts, for quotients that are rounded to E2M1: a multiplication less than above. tests/lrq_kernels/
-// quotient.cpp compares it with division, too: of all mantissas of the divisor only the last one fails.
+// 1/divisor in two parts, for quotients that are rounded to E2M1 or to integers up to 127: a multiplication less than
+// above. tests/lrq_kernels/quotient.cpp compares it with division, too: of all mantissas of the divisor only the last
+// one fails.
 class TwoPartReciprocal {
   public:
     LRQ_INLINE explicit TwoPartReciprocal(float divisor) {
@@ -84,11 +85,25 @@ class TwoPartReciprocal {
     // The correctly rounded 1/divisor.
     LRQ_INLINE float high() const { return high_; }
 
-    // On the same side of every tie of E2M1, or on it, as the correctly rounded quotient, but for the sign of zero.
+    // On the same side of every tie, or on it, as the correctly rounded quotient, but for the sign of zero.
     LRQ_INLINE float times(float dividend) const { return fused(dividend, high_, dividend * low_); }
 
   private:
     float high_, low_;
+};
+
+// The same with the interface of Quotient.
+class TwoPartQuotient {
+  public:
+    LRQ_INLINE TwoPartQuotient(float divisor, float largest)
+        : reciprocal_(divisor), safe_(TwoPartReciprocal::serves(divisor) && largest * reciprocal_.high() <= 0x1p100f) {}
+
+    LRQ_INLINE bool safe() const { return safe_; }
+    LRQ_INLINE float of(float dividend) const { return reciprocal_.times(dividend); }
+
+  private:
+    TwoPartReciprocal reciprocal_;
+    bool safe_;
 };
 
 }  // namespace lrq

@@ -20,19 +20,16 @@ LRQ_INLINE float tree_sum(const float (&terms)[kSize]) {
 }
 
 // `Candidates` holds kSize, kFirst, kLast, kOctave, kDoublesFrom, kLargest, kZeroBelow,
-// nearest(y) and scale(code).
+// nearest(y) and scale(code), in the units of the block.
 template <class Candidates>
 class Search {
   public:
     // The objective is even in W: only magnitudes enter, and the signs of zero sums cancel in squares.
     LRQ_INLINE Search(const float (&magnitudes)[Candidates::kSize], float amax, float coherence, Candidates candidates)
-        : magnitudes_(magnitudes), amax_(amax), by_amax_(amax, amax), candidates_(candidates) {
+        : magnitudes_(magnitudes), amax_(amax), candidates_(candidates) {
         float squares[kSize];
         LRQ_UNROLL
-        for (int i = 0; i < kSize; ++i) {
-            const float relative = over_amax(magnitudes[i]);
-            squares[i] = relative * relative;
-        }
+        for (int i = 0; i < kSize; ++i) squares[i] = magnitudes[i] * magnitudes[i];
         gain_ = divide(coherence, tree_sum(squares));
     }
 
@@ -67,10 +64,6 @@ class Search {
     // The bounds hold in exact arithmetic; this much of them is given up to float32.
     static constexpr float kSlack = 0.999f;
 
-    LRQ_INLINE float over_amax(float value) const {
-        return by_amax_.safe() ? by_amax_.exact(value) : divide(value, amax_);
-    }
-
     LRQ_INLINE float visit(int code) {
         const float scale = candidates_.scale(code);
         float squares[kSize], products[kSize];
@@ -98,11 +91,10 @@ class Search {
                 products[i] = error * y;
             }
         }
-        const float ratio = over_amax(scale);
-        const float square = ratio * ratio;
+        const float square = scale * scale;
         const float plain = square * tree_sum(squares);
-        const float along = tree_sum(products);
-        const float value = plain + square * (gain_ * (square * (along * along)));
+        const float along = square * tree_sum(products);
+        const float value = plain + gain_ * (along * along);
         const bool rounds_to_zero = !(Candidates::kZeroBelow * scale < amax_);
         if (!rounds_to_zero && (value < best_ || (value == best_ && code < best_code_))) {
             best_ = value;
@@ -120,16 +112,15 @@ class Search {
         return any;
     }
 
-    // Below amax the largest weight alone costs (1 - max * scale/amax)^2, which grows as the scale falls.
+    // Below amax the largest weight alone costs (amax - max * scale)^2, which grows as the scale falls.
     LRQ_INLINE bool can_win_below(int code) const {
-        const float open = 1.0f - Candidates::kLargest * over_amax(candidates_.scale(code));
+        const float open = amax_ - Candidates::kLargest * candidates_.scale(code);
         const float clipped = open > 0.0f ? open : 0.0f;
         return can_win(clipped * clipped);
     }
 
     const float (&magnitudes_)[kSize];
     float amax_;
-    Quotient by_amax_;
     Candidates candidates_;
     float gain_;
     float best_ = INFINITY;

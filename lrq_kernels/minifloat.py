@@ -5,6 +5,8 @@ from torch import Tensor
 
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
+LAST_EXPONENT = 254
+"""Of E8M0, and of float32."""
 
 
 def nearest_e2m1(y: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ constexpr int kAmaxWarps = kAmaxThreads / kWarpSize;
 // Enough thread blocks to fill any GPU; each then takes several rows, and the atomics stay few.
 constexpr int64_t kAmaxBlocks = 4096;
 
-// A warp takes a row. `amax` starts as zeros.
+// A warp takes a row. `amax` starts as zeros: the order of the bits is that of the magnitudes.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kAmaxThreads) amax_kernel(Matrix x, unsigned* amax) {
     constexpr int kLoads = 4;
@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(kAmaxThreads) amax_kernel(Matrix x, unsigned* 
 template <class T>
 void launch_amax(const Matrix& x, float* amax, uintptr_t stream, const char* operation) {
     const int64_t blocks = std::min((x.rows + kAmaxWarps - 1) / kAmaxWarps, kAmaxBlocks);
+    check(cudaMemsetAsync(amax, 0, x.batch * sizeof(float), reinterpret_cast<cudaStream_t>(stream)), operation);
     const auto kernel = is_aligned_throughout<T>(x) ? amax_kernel<T, true> : amax_kernel<T, false>;
     launch(operation, kernel, batch_grid(blocks, x.batch, operation), dim3(kAmaxThreads), stream, x,
            reinterpret_cast<unsigned*>(amax));

@@ -9,9 +9,13 @@ namespace lrq::cuda {
 namespace {
 
 struct Codec : Int8 {
+    using Quotient = TwoPartQuotient;
+
+    template <bool kBounded>
     static __device__ __forceinline__ uint32_t pack(float a, float b, float c, float d) {
-        const uint32_t low = __byte_perm(encode(a), encode(b), 0x0040);
-        return __byte_perm(low, __byte_perm(encode(c), encode(d), 0x0040), 0x5410);
+        const auto code = [](float value) { return kBounded ? encode_bounded(value) : encode(value); };
+        const uint32_t low = __byte_perm(code(a), code(b), 0x0040);
+        return __byte_perm(low, __byte_perm(code(c), code(d), 0x0040), 0x5410);
     }
 
     // The byte plus 128 as the last places of 2^23.
@@ -59,7 +63,7 @@ __global__ void __launch_bounds__(kRotationThreads) rotated_rows_kernel(Scaled l
     const float amax = __uint_as_float(block_largest(__float_as_uint(most)));
     const float scale = Codec::scale(amax, false);
     if (threadIdx.x == 0) layout.scales[matrix * layout.x.rows + row] = scale;
-    const Quotient quotient(scale, amax);
+    const Codec::Quotient quotient(scale, amax);
     for (;; first -= step) {
 #pragma unroll
         for (int j = 0; j < kHeldTimes; ++j) {
@@ -105,12 +109,12 @@ void quantize_rotated(const Scaled& layout, uintptr_t stream, const char* operat
 }  // namespace
 
 void quantize_int8(const Tensor& x, const std::string& scaling, int64_t block, const std::optional<Tensor>& given_scale,
-                   const std::optional<Tensor>& amax, int group, const Tensor& codes, const Tensor& scale,
+                   const std::optional<Tensor>& room, int group, const Tensor& codes, const Tensor& scale,
                    uintptr_t stream) {
     constexpr char kOperation[] = "quantize_int8";
     const Scaled layout = scaled_of(x, scaling, block, given_scale, group, codes, scale, kOperation);
     const DeviceGuard guard(x.device_index, kOperation);
-    if (!group) return quantize_scaled<Codec>(layout, amax, stream, kOperation);
+    if (!group) return quantize_scaled<Codec>(layout, room, x.device_index, stream, kOperation);
     require(scaling == "row", "quantize_int8: only rows with a scale each are rotated here");
     if (x.type == Type::kBFloat16)
         quantize_rotated<BFloat16>(layout, stream, kOperation);

@@ -18,14 +18,18 @@ class DeviceGuard {
   public:
     DeviceGuard(int index, const char* operation) {
         check(cudaGetDevice(&before_), operation);
-        check(cudaSetDevice(index), operation);
+        selected_ = index != before_;
+        if (selected_) check(cudaSetDevice(index), operation);
     }
-    ~DeviceGuard() { cudaSetDevice(before_); }
+    ~DeviceGuard() {
+        if (selected_) cudaSetDevice(before_);
+    }
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;
 
   private:
     int before_ = 0;
+    bool selected_ = false;
 };
 
 template <class... Parameters, class... Arguments>

@@ -9,6 +9,7 @@
 #include "expand.h"
 #include "launch.h"
 #include "load.h"
+#include "resident.h"
 
 namespace lrq::cuda {
 namespace {
@@ -64,83 +65,162 @@ __device__ __forceinline__ uint2 quantize_by_search(const Block16<T>& block, flo
     return most < total * 0x1p20f ? encode_e2m1x16<true>(block, total) : encode_rarely(block, total);
 }
 
-// A warp takes 32 neighbouring blocks of a row, a thread kRows rows with all of their loads in flight, and the four
-// warps the rows r, r + 32, r + 64 and r + 96: together 16 neighbouring bytes of the swizzled scales. `kWhole`: every
-// block starts at a multiple of 16 bytes and lies inside the matrix.
+// Where a thread works in its matrix. A warp takes 32 neighbouring blocks of a row, a thread kRows rows with all of
+// their loads in flight, and the four warps the rows r, r + 32, r + 64 and r + 96: together 16 neighbouring bytes of
+// the swizzled scales. Such parts are numbered from tile row to tile row.
+template <int kRows>
+struct Span {
+    static constexpr uint32_t kShares = 32 / kRows;
+    uint32_t span, share, tile_row, lane, warp, block;
+    int64_t first_row;
+    // Rows of this thread that hold weights, and rows that hold codes.
+    int full, coded;
+
+    __device__ __forceinline__ Span(const Layout& layout, uint32_t spans, uint32_t part) {
+        const uint32_t above = part / spans;
+        span = part - above * spans, share = above % kShares, tile_row = above / kShares;
+        lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+        block = span * kWarpSize + lane;
+        first_row = int64_t{tile_row} * nvfp4::kTileRows + warp * 32 + share * kRows;
+        full = block < layout.blocks ? static_cast<int>(min(layout.x.rows - first_row, int64_t{kRows})) : 0;
+        coded = block < layout.blocks ? static_cast<int>(min(layout.code_rows - first_row, int64_t{kRows})) : 0;
+    }
+
+    // `kWhole`: every block starts at a multiple of 16 bytes and lies inside the matrix.
+    template <bool kWhole, class T>
+    __device__ __forceinline__ void load(const Layout& layout, int64_t matrix, Block16<T> (&blocks)[kRows]) const {
+        const T* const x =
+            static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride + first_row * layout.x.row_stride;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+            if (i < full) {
+                if constexpr (kWhole)
+                    blocks[i].load(x + i * layout.x.row_stride + block * kBlock);
+                else
+                    blocks[i].load_part(x + i * layout.x.row_stride, int64_t{block} * kBlock, layout.x.columns);
+            }
+    }
+
+    // `quantize(block, scale)` sets the scale and returns the codes.
+    template <class T, class Quantize>
+    __device__ __forceinline__ void store(const Layout& layout, int64_t matrix, const Block16<T> (&blocks)[kRows],
+                                          uint4 (&staged)[kSpanTiles][kRows], const Quantize& quantize) const {
+        uint2* const codes =
+            reinterpret_cast<uint2*>(layout.codes) + (matrix * layout.code_rows + first_row) * layout.blocks + block;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            uint32_t scale = 0;
+            if (i < full)
+                codes[i * layout.blocks] = quantize(blocks[i], scale);
+            else if (i < coded)
+                codes[i * layout.blocks] = make_uint2(0, 0);
+            reinterpret_cast<uint8_t*>(&staged[lane / 4][i])[warp * 4 + lane % 4] = static_cast<uint8_t>(scale);
+        }
+        __syncthreads();
+        const int64_t tile = int64_t{span} * kSpanTiles + threadIdx.x / kRows;
+        if (threadIdx.x < kSpanTiles * kRows && tile < layout.column_tiles) {
+            const int64_t place = (matrix * layout.row_tiles + tile_row) * layout.column_tiles + tile;
+            uint4* const target = reinterpret_cast<uint4*>(layout.scales + place * kTile) + share * kRows;
+            target[threadIdx.x % kRows] = staged[threadIdx.x / kRows][threadIdx.x % kRows];
+        }
+    }
+};
+
 template <class T, bool kSearch, bool kWhole>
 __global__ void __launch_bounds__(kThreads, kSearch ? 4 : 6)
     quantize_kernel(Layout layout, uint32_t spans, const float* amax, float coherence) {
     constexpr int kRows = kSearch ? 1 : kRowsOf<T>;
-    constexpr int kShares = 32 / kRows;
     __shared__ uint4 staged[kSpanTiles][kRows];
+    const int64_t matrix = blockIdx.y;
     // Backwards: the end of the matrix is what the pass over amax left in the L2 cache.
-    const uint32_t part = gridDim.x - 1 - blockIdx.x;
-    const uint32_t share = part / spans % kShares, tile_row = part / spans / kShares;
-    const uint32_t span = part % spans, lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const uint32_t b = span * kWarpSize + lane;
-    const int64_t matrix = blockIdx.y, first_row = int64_t{tile_row} * nvfp4::kTileRows + warp * 32 + share * kRows;
-    // Rows of this thread that hold weights, and rows that hold codes.
-    const int full = b < layout.blocks ? static_cast<int>(min(layout.x.rows - first_row, int64_t{kRows})) : 0;
-    const int coded = b < layout.blocks ? static_cast<int>(min(layout.code_rows - first_row, int64_t{kRows})) : 0;
-
-    const T* const x =
-        static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride + first_row * layout.x.row_stride;
+    const Span<kRows> span(layout, spans, gridDim.x - 1 - blockIdx.x);
     Block16<T> blocks[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-        if (i < full) {
-            if constexpr (kWhole)
-                blocks[i].load(x + i * layout.x.row_stride + b * kBlock);
-            else
-                blocks[i].load_part(x + i * layout.x.row_stride, int64_t{b} * kBlock, layout.x.columns);
-        }
-
+    span.template load<kWhole>(layout, matrix, blocks);
     const float outer =
         layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(amax[matrix]);
     if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = outer;
     const Quotient by_outer(outer, 0.0f);
-    uint2* const codes =
-        reinterpret_cast<uint2*>(layout.codes) + (matrix * layout.code_rows + first_row) * layout.blocks + b;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-        uint32_t scale = 0;
-        if (i < full)
-            codes[i * layout.blocks] = kSearch ? quantize_by_search(blocks[i], outer, coherence, scale)
-                                               : quantize_by_rule(blocks[i], by_outer, outer, scale);
-        else if (i < coded)
-            codes[i * layout.blocks] = make_uint2(0, 0);
-        reinterpret_cast<uint8_t*>(&staged[lane / 4][i])[warp * 4 + lane % 4] = static_cast<uint8_t>(scale);
-    }
-    __syncthreads();
-    const int64_t tile = int64_t{span} * kSpanTiles + threadIdx.x / kRows;
-    if (threadIdx.x < kSpanTiles * kRows && tile < layout.column_tiles) {
-        const int64_t place = (matrix * layout.row_tiles + tile_row) * layout.column_tiles + tile;
-        uint4* const target = reinterpret_cast<uint4*>(layout.scales + place * kTile) + share * kRows;
-        target[threadIdx.x % kRows] = staged[threadIdx.x / kRows][threadIdx.x % kRows];
-    }
+    span.store(layout, matrix, blocks, staged, [&](const Block16<T>& block, uint32_t& scale) {
+        return kSearch ? quantize_by_search(block, outer, coherence, scale)
+                       : quantize_by_rule(block, by_outer, outer, scale);
+    });
 }
 
+// A unit of resident.h: whole blocks, scales by the rule from the amax of the matrix.
+template <class T>
+struct RuledUnit {
+    static constexpr int kThreads = cuda::kThreads;
+    static constexpr int kBlocks = sizeof(T) == sizeof(float) ? 4 : 6;
+    static constexpr int kRows = kRowsOf<T>;
+    struct Layout {
+        nvfp4::Layout of;
+        uint32_t spans;
+    };
+    struct Held {
+        static constexpr int kWords = kRows * Block16<T>::kWords;
+        Block16<T> blocks[kRows];
+        __device__ __forceinline__ uint32_t& word(int i) {
+            return blocks[i / Block16<T>::kWords].words[i % Block16<T>::kWords];
+        }
+    };
+
+    static __device__ __forceinline__ void load(const Layout& layout, uint32_t matrix, uint32_t unit, Held& held) {
+        const Span<kRows> span(layout.of, layout.spans, unit);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+            if (i >= span.full) held.blocks[i] = Block16<T>{};
+        span.template load<true>(layout.of, matrix, held.blocks);
+    }
+
+    static __device__ __forceinline__ uint32_t most(const Held& held) {
+        float most = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) most = fmaxf(most, held.blocks[i].amax());
+        return __float_as_uint(most);
+    }
+
+    static __device__ __forceinline__ void quantize(const Layout& layout, uint32_t matrix, uint32_t unit,
+                                                    const Held& held, float amax) {
+        __shared__ uint4 staged[kSpanTiles][kRows];
+        const float outer = nvfp4::scale_of_amax(amax);
+        if (unit == 0 && threadIdx.x == 0) layout.of.tensor_scale[matrix] = outer;
+        const Quotient by_outer(outer, 0.0f);
+        // What the unit before staged has been read.
+        __syncthreads();
+        const Span<kRows> span(layout.of, layout.spans, unit);
+        span.store(layout.of, matrix, held.blocks, staged, [&](const Block16<T>& block, uint32_t& scale) {
+            return quantize_by_rule(block, by_outer, outer, scale);
+        });
+    }
+};
+
 template <class T, bool kSearch>
-void run(const Layout& layout, float* amax, float coherence, uintptr_t stream) {
-    const bool aligned = is_aligned<T>(layout.x);
+void run(const Layout& layout, const std::optional<Tensor>& room, float coherence, int device, uintptr_t stream) {
+    const bool whole = is_aligned<T>(layout.x) && layout.blocks * kBlock == layout.x.columns;
     require(layout.x.batch <= kMaxGridY, "quantize_nvfp4: too many matrices for one launch");
-    const auto matrices = static_cast<unsigned>(layout.x.batch);
-    if (!layout.given_scale) launch_amax<T>(layout.x, amax, stream, kOperation);
     const int64_t spans = (layout.column_tiles + kSpanTiles - 1) / kSpanTiles;
     const int64_t blocks = layout.row_tiles * (kSearch ? 32 : 32 / kRowsOf<T>)*spans;
     require(blocks <= kMaxGridX && layout.blocks < kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
-    const bool whole = aligned && layout.blocks * kBlock == layout.x.columns;
+    float* const amax = room ? static_cast<float*>(room->data) : nullptr;
+    if (!layout.given_scale) {
+        if (!kSearch && whole &&
+            launch_resident<RuledUnit<T>>({layout, static_cast<uint32_t>(spans)}, layout.x.batch, blocks, amax,
+                                          room->size(1), device, stream, kOperation))
+            return;
+        launch_amax<T>(layout.x, amax, stream, kOperation);
+    }
     const auto kernel = whole ? quantize_kernel<T, kSearch, true> : quantize_kernel<T, kSearch, false>;
-    launch(kOperation, kernel, dim3(static_cast<unsigned>(blocks), matrices), dim3(kThreads), stream, layout,
-           static_cast<uint32_t>(spans), amax, coherence);
+    launch(kOperation, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(layout.x.batch)),
+           dim3(kThreads), stream, layout, static_cast<uint32_t>(spans), amax, coherence);
 }
 
 template <class T>
-void run(const Layout& layout, float* amax, std::optional<double> coherence, uintptr_t stream) {
+void run(const Layout& layout, const std::optional<Tensor>& room, std::optional<double> coherence, int device,
+         uintptr_t stream) {
     if (coherence)
-        run<T, true>(layout, amax, static_cast<float>(*coherence), stream);
+        run<T, true>(layout, room, static_cast<float>(*coherence), device, stream);
     else
-        run<T, false>(layout, amax, 0.0f, stream);
+        run<T, false>(layout, room, 0.0f, device, stream);
 }
 
 struct Nvfp4 {
@@ -173,19 +253,19 @@ std::string refusal(int device_index) {
     return status == cudaSuccess ? "" : cudaGetErrorString(status);
 }
 
-void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, const std::optional<Tensor>& amax,
+void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, const std::optional<Tensor>& room,
                     std::optional<double> coherence, const Tensor& codes, const Tensor& block_scales,
                     const Tensor& tensor_scale, uintptr_t stream) {
-    require(given_scale || amax, "quantize_nvfp4: either a given scale or room for the amax");
     const Layout layout = nvfp4::layout_of(x, given_scale, codes, block_scales, tensor_scale);
-    float* const room = amax ? static_cast<float*>(amax->data) : nullptr;
+    require(given_scale || (room && room->size(1) >= layout.x.batch),
+            "quantize_nvfp4: either a given scale or room for the amax");
     const DeviceGuard guard(x.device_index, kOperation);
     if (x.type == Type::kBFloat16)
-        run<BFloat16>(layout, room, coherence, stream);
+        run<BFloat16>(layout, room, coherence, x.device_index, stream);
     else if (x.type == Type::kFloat16)
-        run<Float16>(layout, room, coherence, stream);
+        run<Float16>(layout, room, coherence, x.device_index, stream);
     else
-        run<float>(layout, room, coherence, stream);
+        run<float>(layout, room, coherence, x.device_index, stream);
 }
 
 void dequantize_nvfp4(const Tensor& codes, const Tensor& block_scales, const Tensor& tensor_scale, const Tensor& out,

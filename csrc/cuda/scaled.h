@@ -1,10 +1,12 @@
-// Values to codes of one byte, 8 columns of a thread at a time. `Codec` holds scale(amax, of_tensor) and pack(a, b, c,
-// d), which gives a word of codes, that of `a` lowest.
+// Values to codes of one byte, 8 columns of a thread at a time. `Codec` holds scale(amax, of_tensor), a Quotient and
+// pack<bounded>(a, b, c, d), which gives a word of codes, that of `a` lowest; bounded: the scale is that of the amax,
+// so that no value exceeds the largest code by more than rounding.
 #pragma once
 
 #include "../quotient.h"
 #include "../scaling.h"
 #include "amax.h"
+#include "resident.h"
 
 namespace lrq::cuda {
 
@@ -19,8 +21,9 @@ struct Codes {
     uint32_t words[2];
 };
 
-template <class Codec, class T>
-__device__ __forceinline__ Codes encode(const Vector<T>& vector, const Quotient& quotient, float scale) {
+template <class Codec, bool kBounded, class T>
+__device__ __forceinline__ Codes encode(const Vector<T>& vector, const typename Codec::Quotient& quotient,
+                                        float scale) {
     float values[kVector];
     if (quotient.safe()) {
 #pragma unroll
@@ -29,8 +32,8 @@ __device__ __forceinline__ Codes encode(const Vector<T>& vector, const Quotient&
 #pragma unroll
         for (int i = 0; i < kVector; ++i) values[i] = divide(vector[i], scale);
     }
-    return {Codec::pack(values[0], values[1], values[2], values[3]),
-            Codec::pack(values[4], values[5], values[6], values[7])};
+    return {Codec::template pack<kBounded>(values[0], values[1], values[2], values[3]),
+            Codec::template pack<kBounded>(values[4], values[5], values[6], values[7])};
 }
 
 template <bool kAligned>
@@ -44,41 +47,96 @@ __device__ __forceinline__ void store_codes(uint8_t* out, const Codes& codes, in
     }
 }
 
-// One scale for the matrix, given or from the amax. The pass that found the amax left the end of the matrix in L2:
-// this one starts there.
-template <class Codec, class T, bool kAligned>
-__global__ void __launch_bounds__(kScaledThreads, kScaledBlocks)
-    matrix_kernel(Scaled layout, Divisor across, uint32_t vectors, const float* amax) {
-    constexpr int kHeld = kMatrixVectors<T>;
-    const int64_t matrix = batch_index();
-    if (matrix >= layout.x.batch) return;
-    const uint32_t share = layout.given ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    const uint32_t first = share * (kScaledThreads * kHeld) + threadIdx.x;
-    const T* const source = static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride;
-    Vector<T> held[kHeld];
-    uint32_t rows[kHeld], columns[kHeld];
-#pragma unroll
-    for (int j = 0; j < kHeld; ++j) {
-        const uint32_t index = first + j * kScaledThreads;
-        rows[j] = across.quotient(index);
-        columns[j] = across.remainder(index, rows[j]) * kVector;
-        if (index < vectors)
-            held[j] = load_vector<kAligned>(source + rows[j] * layout.x.row_stride + columns[j],
-                                            layout.x.columns - columns[j]);
+// The vectors of a thread: neighbours take neighbours, `kHeld` times.
+template <class T>
+struct Share {
+    static constexpr int kHeld = kMatrixVectors<T>;
+    static constexpr int kWords = kHeld * Vector<T>::kWords;
+    Vector<T> vectors[kHeld];
+
+    __device__ __forceinline__ uint32_t& word(int i) {
+        return vectors[i / Vector<T>::kWords].words[i % Vector<T>::kWords];
     }
-    const float scale = layout.given ? layout.given[matrix * layout.given_stride] : Codec::scale(amax[matrix], true);
-    if (blockIdx.x == 0 && threadIdx.x == 0) layout.scales[matrix] = scale;
-    uint32_t most = 0;
+
+    __device__ __forceinline__ uint32_t most() const {
+        uint32_t most = 0;
 #pragma unroll
-    for (int j = 0; j < kHeld; ++j) most = most_of(held[j], most);
-    const Quotient quotient(scale, widen_most<T>(most));
-    uint8_t* const out = static_cast<uint8_t*>(layout.out) + matrix * layout.x.rows * layout.x.columns;
+        for (int j = 0; j < kHeld; ++j) most = most_of(vectors[j], most);
+        return __float_as_uint(widen_most<T>(most));
+    }
+};
+
+// Matrices of one scale each, their vectors numbered from row to row.
+struct Whole {
+    Scaled of;
+    Divisor across;
+    uint32_t vectors;
+
+    template <bool kAligned, class T>
+    __device__ __forceinline__ void load(int64_t matrix, uint32_t share, Share<T>& held) const {
+        const T* const source = static_cast<const T*>(of.x.data) + matrix * of.x.batch_stride;
 #pragma unroll
-    for (int j = 0; j < kHeld; ++j)
-        if (first + j * kScaledThreads < vectors)
-            store_codes<kAligned>(out + rows[j] * layout.x.columns + columns[j],
-                                  encode<Codec>(held[j], quotient, scale), layout.x.columns - columns[j]);
+        for (int j = 0; j < Share<T>::kHeld; ++j) {
+            const uint32_t index = share * (kScaledThreads * Share<T>::kHeld) + j * kScaledThreads + threadIdx.x;
+            const uint32_t row = across.quotient(index), column = across.remainder(index, row) * kVector;
+            held.vectors[j] =
+                index < vectors ? load_vector<kAligned>(source + row * of.x.row_stride + column, of.x.columns - column)
+                                : Vector<T>{};
+        }
+    }
+
+    template <class Codec, bool kBounded, bool kAligned, class T>
+    __device__ __forceinline__ void store(int64_t matrix, uint32_t share, const Share<T>& held, float scale) const {
+        const typename Codec::Quotient quotient(scale, __uint_as_float(held.most()));
+        uint8_t* const out = static_cast<uint8_t*>(of.out) + matrix * of.x.rows * of.x.columns;
+#pragma unroll
+        for (int j = 0; j < Share<T>::kHeld; ++j) {
+            const uint32_t index = share * (kScaledThreads * Share<T>::kHeld) + j * kScaledThreads + threadIdx.x;
+            const uint32_t row = across.quotient(index), column = across.remainder(index, row) * kVector;
+            if (index < vectors)
+                store_codes<kAligned>(out + row * of.x.columns + column,
+                                      encode<Codec, kBounded>(held.vectors[j], quotient, scale), of.x.columns - column);
+        }
+    }
+};
+
+// The scale is given, or comes from the amax. The pass that found it left the end of the matrix in L2: this one starts
+// there.
+template <class Codec, class T, bool kAligned>
+__global__ void __launch_bounds__(kScaledThreads, kScaledBlocks) matrix_kernel(Whole layout, const float* amax) {
+    const int64_t matrix = batch_index();
+    if (matrix >= layout.of.x.batch) return;
+    const float* const given = layout.of.given;
+    const uint32_t share = given ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    Share<T> held;
+    layout.load<kAligned>(matrix, share, held);
+    const float scale = given ? given[matrix * layout.of.given_stride] : Codec::scale(amax[matrix], true);
+    if (blockIdx.x == 0 && threadIdx.x == 0) layout.of.scales[matrix] = scale;
+    if (given)
+        layout.store<Codec, false, kAligned>(matrix, share, held, scale);
+    else
+        layout.store<Codec, true, kAligned>(matrix, share, held, scale);
 }
+
+// A unit of resident.h: vectors that are whole and aligned.
+template <class Codec, class T>
+struct WholeUnit {
+    static constexpr int kThreads = kScaledThreads;
+    static constexpr int kBlocks = kScaledBlocks;
+    using Layout = Whole;
+    using Held = Share<T>;
+
+    static __device__ __forceinline__ void load(const Layout& layout, uint32_t matrix, uint32_t unit, Held& held) {
+        layout.load<true>(matrix, unit, held);
+    }
+    static __device__ __forceinline__ uint32_t most(const Held& held) { return held.most(); }
+    static __device__ __forceinline__ void quantize(const Layout& layout, uint32_t matrix, uint32_t unit,
+                                                    const Held& held, float amax) {
+        const float scale = Codec::scale(amax, true);
+        if (unit == 0 && threadIdx.x == 0) layout.of.scales[matrix] = scale;
+        layout.store<Codec, true, true>(matrix, unit, held, scale);
+    }
+};
 
 // A thread block for each tile, a row or a square block, which it holds; of a tile too large for that it reads all but
 // the last vectors again.
@@ -118,15 +176,15 @@ __global__ void __launch_bounds__(kThreads)
     const float amax = __uint_as_float(block_largest(__float_as_uint(widen_most<T>(most))));
     const float scale = Codec::scale(amax, false);
     if (threadIdx.x == 0) layout.scales[matrix * gridDim.x + blockIdx.x] = scale;
-    const Quotient quotient(scale, amax);
+    const typename Codec::Quotient quotient(scale, amax);
     for (;; first -= step) {
 #pragma unroll
         for (int j = 0; j < kHeld; ++j) {
             const uint32_t index = first + j * blockDim.x + threadIdx.x;
             const uint32_t row = across.quotient(index), column = across.remainder(index, row) * kVector;
             if (index < vectors)
-                store_codes<kAligned>(out + row * layout.x.columns + column, encode<Codec>(held[j], quotient, scale),
-                                      layout.tile_columns - column);
+                store_codes<kAligned>(out + row * layout.x.columns + column,
+                                      encode<Codec, true>(held[j], quotient, scale), layout.tile_columns - column);
         }
         if (first == 0) break;
         load(first - step, held);
@@ -150,40 +208,54 @@ void launch_tiles(const Scaled& layout, bool aligned, uintptr_t stream, const ch
 }
 
 template <class Codec, class T>
-void quantize_as(const Scaled& layout, float* amax, uintptr_t stream, const char* operation) {
+void quantize_whole(const Scaled& layout, bool aligned, const std::optional<Tensor>& room, int device, uintptr_t stream,
+                    const char* operation) {
     const Matrix& x = layout.x;
-    const bool aligned =
-        is_aligned_throughout<T>(x) && layout.tile_columns % kVector == 0 && is_multiple(layout.out, sizeof(uint2));
-    if (!layout.of_tensor) {
-        // A block of 128 x 128 fits into the registers of as few threads as hold 128 bytes each.
-        constexpr int kOfBlock = 128 / (kVector * sizeof(T));
-        if (layout.tile_rows == 1)
-            launch_tiles<Codec, T, 4, 1024>(layout, aligned, stream, operation);
-        else
-            launch_tiles<Codec, T, kOfBlock, 2048 / kOfBlock>(layout, aligned, stream, operation);
-        return;
-    }
-    require(layout.given || amax, std::string(operation) + ": either a given scale or room for the amax");
-    if (!layout.given) launch_amax<T>(x, amax, stream, operation);
+    require(layout.given || (room && room->size(1) >= x.batch),
+            std::string(operation) + ": either a given scale or room for the amax");
+    float* const amax = room ? static_cast<float*>(room->data) : nullptr;
     const int64_t vectors = vectors_in(x.columns) * x.rows;
     constexpr int64_t kShare = kScaledThreads * kMatrixVectors<T>;
     require(vectors <= std::numeric_limits<int32_t>::max() - kShare,
             std::string(operation) + ": the matrix is too large for one launch");
+    const Whole whole{layout, Divisor(vectors_in(x.columns), operation), static_cast<uint32_t>(vectors)};
+    const int64_t shares = (vectors + kShare - 1) / kShare;
+    if (!layout.given) {
+        if (aligned && launch_resident<WholeUnit<Codec, T>>(whole, x.batch, shares, amax, room->size(1), device, stream,
+                                                            operation))
+            return;
+        launch_amax<T>(x, amax, stream, operation);
+    }
     launch(operation, aligned ? matrix_kernel<Codec, T, true> : matrix_kernel<Codec, T, false>,
-           batch_grid((vectors + kShare - 1) / kShare, x.batch, operation), dim3(kScaledThreads), stream, layout,
-           Divisor(vectors_in(x.columns), operation), static_cast<uint32_t>(vectors), amax);
+           batch_grid(shares, x.batch, operation), dim3(kScaledThreads), stream, whole, amax);
 }
 
-// `amax` is a float32 [B] of zeros to work in, absent unless a matrix has one scale that is not given.
-template <class Codec>
-void quantize_scaled(const Scaled& layout, const std::optional<Tensor>& amax, uintptr_t stream, const char* operation) {
-    float* const room = amax ? static_cast<float*>(amax->data) : nullptr;
-    if (layout.x.type == Type::kBFloat16)
-        quantize_as<Codec, BFloat16>(layout, room, stream, operation);
-    else if (layout.x.type == Type::kFloat16)
-        quantize_as<Codec, Float16>(layout, room, stream, operation);
+template <class Codec, class T>
+void quantize_as(const Scaled& layout, const std::optional<Tensor>& room, int device, uintptr_t stream,
+                 const char* operation) {
+    const bool aligned = is_aligned_throughout<T>(layout.x) && layout.tile_columns % kVector == 0 &&
+                         is_multiple(layout.out, sizeof(uint2));
+    // A block of 128 x 128 fits into the registers of as few threads as hold 128 bytes each.
+    constexpr int kOfBlock = 128 / (kVector * sizeof(T));
+    if (layout.of_tensor)
+        quantize_whole<Codec, T>(layout, aligned, room, device, stream, operation);
+    else if (layout.tile_rows == 1)
+        launch_tiles<Codec, T, 4, 1024>(layout, aligned, stream, operation);
     else
-        quantize_as<Codec, float>(layout, room, stream, operation);
+        launch_tiles<Codec, T, kOfBlock, 2048 / kOfBlock>(layout, aligned, stream, operation);
+}
+
+// `room` holds a float32 for every matrix and, for one launch to do, every thread block; absent unless a matrix has one
+// scale that is not given.
+template <class Codec>
+void quantize_scaled(const Scaled& layout, const std::optional<Tensor>& room, int device, uintptr_t stream,
+                     const char* operation) {
+    if (layout.x.type == Type::kBFloat16)
+        quantize_as<Codec, BFloat16>(layout, room, device, stream, operation);
+    else if (layout.x.type == Type::kFloat16)
+        quantize_as<Codec, Float16>(layout, room, device, stream, operation);
+    else
+        quantize_as<Codec, float>(layout, room, device, stream, operation);
 }
 
 }  // namespace lrq::cuda

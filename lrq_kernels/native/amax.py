@@ -20,4 +20,4 @@ if _native.has_cuda:
     @kernel("amax", backend="cuda", accepts=on_cuda)
     def amax_cuda(x: Tensor, out: Tensor) -> None:
         x = with_contiguous_columns(x)
-        _native.amax_cuda(x, out.zero_(), stream_of(x))
+        _native.amax_cuda(x, out, stream_of(x))

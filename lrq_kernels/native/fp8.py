@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lrq_kernels import _native
 from lrq_kernels.dispatch import kernel
-from lrq_kernels.native.memory import on_cpu, on_cuda, stream_of, with_contiguous_columns
+from lrq_kernels.native.memory import on_cpu, on_cuda, room_for_amax, stream_of, with_contiguous_columns
 
 
 @kernel("quantize_fp8", backend="cpu", accepts=on_cpu)
@@ -31,8 +31,8 @@ if _native.has_cuda:
         x: Tensor, scaling: str, block: int, given_scale: Tensor | None, codes: Tensor, scale: Tensor
     ) -> None:
         x = with_contiguous_columns(x)
-        amax = torch.zeros_like(scale) if scaling == "tensor" and given_scale is None else None
-        _native.quantize_fp8_cuda(x, scaling, block, given_scale, amax, codes, scale, stream_of(x))
+        room = room_for_amax(x) if scaling == "tensor" and given_scale is None else None
+        _native.quantize_fp8_cuda(x, scaling, block, given_scale, room, codes, scale, stream_of(x))
 
     @kernel("dequantize_fp8", backend="cuda", accepts=on_cuda)
     def dequantize_fp8_cuda(codes: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lrq_kernels import _native
 from lrq_kernels.dispatch import kernel
-from lrq_kernels.native.memory import on_cpu, on_cuda, stream_of, with_contiguous_columns
+from lrq_kernels.native.memory import on_cpu, on_cuda, room_for_amax, stream_of, with_contiguous_columns
 
 
 @kernel("quantize_int8", backend="cpu", accepts=on_cpu)
@@ -36,8 +36,8 @@ if _native.has_cuda:
             rotated = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
             _native.rotate_hadamard_cuda(x, hadamard, rotated, stream)
             x, hadamard = rotated, 0
-        amax = torch.zeros_like(scale) if scaling == "tensor" and given_scale is None else None
-        _native.quantize_int8_cuda(x, scaling, block, given_scale, amax, hadamard, codes, scale, stream)
+        room = room_for_amax(x) if scaling == "tensor" and given_scale is None else None
+        _native.quantize_int8_cuda(x, scaling, block, given_scale, room, hadamard, codes, scale, stream)
 
     @kernel("dequantize_int8", backend="cuda", accepts=on_cuda)
     def dequantize_int8_cuda(codes: Tensor, scale: Tensor, hadamard: int, dtype: torch.dtype, out: Tensor) -> None:

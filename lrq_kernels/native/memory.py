@@ -39,6 +39,16 @@ def on_cuda(*inputs: object) -> str | None:
     return _device_refusal(tensors[0].device.index)
 
 
+_THREAD_BLOCKS = 4096
+"""More than run on any GPU at once, of the kernels that ask."""
+
+
+def room_for_amax(x: Tensor) -> Tensor:
+    """Memory in which thread blocks tell each other the amax of the matrices of ``x``."""
+    return x.new_empty(_THREAD_BLOCKS + x.shape[:-2].numel(), dtype=torch.float32)
+
+
 def stream_of(x: Tensor) -> int:
     """The current CUDA stream on the device of ``x``."""
-    return torch.cuda.current_stream(x.device).cuda_stream
+    # What torch.cuda.current_stream(x.device).cuda_stream is, without making an object for it.
+    return torch._C._cuda_getCurrentRawStream(x.get_device())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lrq_kernels import _native
 from lrq_kernels.dispatch import kernel
-from lrq_kernels.native.memory import on_cpu, on_cuda, stream_of, with_contiguous_columns
+from lrq_kernels.native.memory import on_cpu, on_cuda, room_for_amax, stream_of, with_contiguous_columns
 
 
 @kernel("quantize_nvfp4", backend="cpu", accepts=on_cpu)
@@ -50,9 +50,9 @@ if _native.has_cuda:
         tensor_scale: Tensor,
     ) -> None:
         x = with_contiguous_columns(x)
-        amax = torch.zeros_like(tensor_scale) if given_scale is None else None
+        room = room_for_amax(x) if given_scale is None else None
         stream = stream_of(x)
-        _native.quantize_nvfp4_cuda(x, given_scale, amax, coherence, codes, block_scales, tensor_scale, stream)
+        _native.quantize_nvfp4_cuda(x, given_scale, room, coherence, codes, block_scales, tensor_scale, stream)
 
     @kernel("dequantize_nvfp4", backend="cuda", accepts=on_cuda)
     def dequantize_nvfp4_cuda(

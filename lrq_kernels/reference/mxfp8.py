@@ -3,7 +3,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lrq_kernels.dispatch import kernel
-from lrq_kernels.minifloat import E4M3_MAX, encode_e4m3, power_of_two
+from lrq_kernels.minifloat import E4M3_MAX, LAST_EXPONENT, encode_e4m3, power_of_two
 from lrq_kernels.ops.mxfp8 import BLOCK
 from lrq_kernels.reference.arithmetic import divide
 from lrq_kernels.reference.search import Candidates, best_scales
@@ -11,7 +11,6 @@ from lrq_kernels.reference.swizzle import swizzle_scales, unswizzle_scales
 
 ZERO_BELOW = E4M3_MAX * 2.0**-127
 """A block with amax at or below this has no exponent: it is zero."""
-LAST_EXPONENT = 254
 
 
 def rounded_up_exponent(amax: Tensor) -> Tensor:
@@ -23,18 +22,24 @@ def rounded_up_exponent(amax: Tensor) -> Tensor:
 def _searched(blocks: Tensor, amax: Tensor, start: Tensor, coherence: float) -> Tensor:
     """Best exponents of the blocks [n,32]."""
     found = torch.nonzero(start > 0)[:, 0]
-    candidates = Candidates(
-        first=1,
-        last=LAST_EXPONENT,
-        octave=1,
-        doubles_from=1,
-        scale=lambda index, code: power_of_two(code),
-        nearest=lambda y: encode_e4m3(y).float(),
-        largest=E4M3_MAX,
-        zero_below=2.0**-10,
-    )
+    unit = power_of_two(LAST_EXPONENT - start[found])
+
+    def candidates(part: slice) -> Candidates:
+        units = unit[part]
+        return Candidates(
+            first=1,
+            last=LAST_EXPONENT,
+            octave=1,
+            doubles_from=1,
+            scale=lambda index, code: power_of_two(code) * units[index],
+            nearest=lambda y: encode_e4m3(y).float(),
+            largest=E4M3_MAX,
+            zero_below=2.0**-10,
+        )
+
     exponents = torch.zeros_like(start)
-    exponents[found] = best_scales(blocks[found], amax[found], start[found], coherence, lambda _: candidates)
+    blocks, amax = blocks[found] * unit[:, None], amax[found] * unit
+    exponents[found] = best_scales(blocks, amax, start[found], coherence, candidates)
     return exponents
 
 

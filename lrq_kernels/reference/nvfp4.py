@@ -3,7 +3,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lrq_kernels.dispatch import kernel
-from lrq_kernels.minifloat import E2M1_MAX, E4M3_MAX, decode_e2m1, decode_e4m3, encode_e2m1, nearest_e2m1
+from lrq_kernels.minifloat import (
+    E2M1_MAX,
+    E4M3_MAX,
+    LAST_EXPONENT,
+    decode_e2m1,
+    decode_e4m3,
+    encode_e2m1,
+    nearest_e2m1,
+    power_of_two,
+)
 from lrq_kernels.ops.nvfp4 import BLOCK
 from lrq_kernels.reference.arithmetic import divide
 from lrq_kernels.reference.fp4 import pack_fp4, unpack_fp4
@@ -11,17 +20,20 @@ from lrq_kernels.reference.search import Candidates, best_scales
 from lrq_kernels.reference.swizzle import swizzle_scales, unswizzle_scales
 
 LAST_SCALE = 126  # 448, the largest E4M3 value
+FAR = 2.0**20
 
 
 def _searched(blocks: Tensor, amax: Tensor, ratio: Tensor, tensor_scale: Tensor, coherence: float) -> Tensor:
     """Best scale codes of the blocks [n,16], whose rule gives ``ratio``; uint8 [n]."""
     code = ratio.to(torch.float8_e4m3fn).view(torch.uint8).int().clamp(min=1)
-    codes = torch.zeros_like(code)
-    found = torch.nonzero((amax > 0) & (tensor_scale * decode_e4m3(code) > 0))[:, 0]
-    blocks, amax, code, tensor_scale = blocks[found], amax[found], code[found], tensor_scale[found]
-    saturates = amax / (tensor_scale * decode_e4m3(code)) > E2M1_MAX
-    # Reciprocals of scales must be finite.
-    unit = torch.where(tensor_scale < 2.0**-80, 2.0**80, 1.0)
+    total = tensor_scale * decode_e4m3(code)
+    saturates = amax / total > E2M1_MAX
+    start = torch.where((amax > 0) & (total > 0), (code + saturates).clamp(max=LAST_SCALE), 0)
+    total = tensor_scale * decode_e4m3(start)
+    # Of a block far beyond the last scale that is the best one: its largest weight decides.
+    found = torch.nonzero((start > 0) & (amax <= FAR * total))[:, 0]
+    blocks, amax, tensor_scale = blocks[found], amax[found], tensor_scale[found]
+    unit = power_of_two(LAST_EXPONENT - (total[found].view(torch.int32) >> 23))
     blocks, amax = blocks * unit[:, None], amax * unit
 
     def candidates(part: slice) -> Candidates:
@@ -37,8 +49,8 @@ def _searched(blocks: Tensor, amax: Tensor, ratio: Tensor, tensor_scale: Tensor,
             zero_below=0.25,
         )
 
-    codes[found] = best_scales(blocks, amax, (code + saturates).clamp(max=LAST_SCALE), coherence, candidates)
-    return codes.to(torch.uint8)
+    start[found] = best_scales(blocks, amax, start[found], coherence, candidates)
+    return start.to(torch.uint8)
 
 
 @kernel("quantize_nvfp4", backend="reference")

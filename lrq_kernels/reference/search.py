@@ -1,11 +1,11 @@
 """The representable block scale that minimises ``|E|^2 + γ <E,W>^2/|W|^2``, found exactly.
 
-In units of the block's amax, with σ the scale, y = w/σ and q the nearest grid value to y, the objective is
-``ρ²·(A + γ/D·ρ²·C²)``: ρ = σ/amax, A = Σ(q−y)², C = Σ(q−y)·y, D = Σ(w/amax)². Candidates are visited upwards and
-downwards from a start that saturates nothing, and two bounds say which can't win any more:
+Blocks and scales come in units in which neither overflows, a power of two for each block. With σ the scale, y = w/σ and q
+the nearest grid value to y, the objective is ``σ²A + γ/D·(σ²C)²``: A = Σ(q−y)², C = Σ(q−y)·y, D = Σw². Candidates are
+visited upwards and downwards from a start that saturates nothing, and two bounds say which can't win any more:
 
 * doubling: where nothing saturates, the grid of 2σ is a subset of the grid of σ, so ``|E|²`` can't fall by doubling σ;
-* clipping: below amax the error is at least that of the largest weight, ``(1 − max·ρ)²``, and grows as σ falls.
+* clipping: below amax the error is at least that of the largest weight, ``(amax − max·σ)²``, and grows as σ falls.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class Candidates:
     """So many codes further the scale has doubled, from the code ``doubles_from`` on."""
     doubles_from: int
     scale: Callable[[Tensor, Tensor], Tensor]
-    """(block index, code) to float32 scale with a finite reciprocal; it grows with the code."""
+    """(block index, code) to float32 scale in the units of the block, with a finite reciprocal; it grows with the code."""
     nearest: Callable[[Tensor], Tensor]
     """Nearest grid value, saturating."""
     largest: float
@@ -44,8 +44,7 @@ class Candidates:
 class _Search:
     def __init__(self, blocks: Tensor, amax: Tensor, coherence: float, candidates: Candidates) -> None:
         self.blocks, self.amax, self.candidates = blocks, amax, candidates
-        relative = blocks / amax[:, None]
-        self.gain = torch.full_like(amax, coherence) / tree_sum(relative * relative)
+        self.gain = torch.full_like(amax, coherence) / tree_sum(blocks * blocks)
         self.best = torch.full_like(amax, torch.inf)
         self.best_code = torch.zeros_like(amax, dtype=torch.int32)
 
@@ -57,11 +56,10 @@ class _Search:
         # division for the block.
         y = blocks * (1 / scale)[:, None]
         error = self.candidates.nearest(blocks / scale[:, None]) - y
-        ratio = scale / amax
-        square = ratio * ratio
+        square = scale * scale
         plain = square * tree_sum(error * error)
-        along = tree_sum(error * y)
-        value = plain + square * (self.gain[index] * (square * (along * along)))
+        along = square * tree_sum(error * y)
+        value = plain + self.gain[index] * (along * along)
         value = torch.where(self.candidates.zero_below * scale < amax, value, torch.inf)
         best, best_code = self.best[index], self.best_code[index]
         wins = (value < best) | ((value == best) & (code < best_code))
@@ -84,8 +82,8 @@ class _Search:
     def downwards(self, code: Tensor) -> None:
         every = torch.arange(len(code), device=code.device)
         while True:
-            ratio = self.candidates.scale(every, code.clamp(min=self.candidates.first)) / self.amax
-            clipped = (1 - self.candidates.largest * ratio).clamp(min=0)
+            scale = self.candidates.scale(every, code.clamp(min=self.candidates.first))
+            clipped = (self.amax - self.candidates.largest * scale).clamp(min=0)
             index = torch.nonzero((clipped * clipped * SLACK <= self.best) & (code >= self.candidates.first))[:, 0]
             if not index.numel():
                 return
@@ -99,7 +97,7 @@ def best_scales(
     """Code of the best scale of every block, int32 [n]; 0 where every weight would round to zero.
 
     Args:
-        blocks: float32 [n, block size].
+        blocks: float32 [n, block size], in units such that the scale of ``start`` is near 1.
         amax: float32 [n], positive: the largest magnitude of each block.
         start: int32 [n], a code whose scale saturates nothing (or the last).
         coherence: γ.

@@ -29,21 +29,29 @@ LRQ_CLONES int64_t wrong_near_tie(float tie, float exponent, uint32_t first, uin
     return wrong;
 }
 
-// Ties of E2M1 from the reciprocal in two parts.
+// From the reciprocal in two parts, whose divisors are those it serves.
+LRQ_CLONES int64_t wrong_from_parts_near(float tie, uint32_t first, uint32_t count, uint32_t step) {
+    int32_t wrong = 0;
+    for (uint32_t i = 0; i < count; ++i) {
+        const float divisor = lrq::from_bits(0x3f800000u + first + i * step);
+        const lrq::TwoPartReciprocal reciprocal(divisor);
+        const uint32_t middle = lrq::to_bits(divisor * tie);
+        LRQ_UNROLL
+        for (int around = -kAround; around <= kAround; ++around) {
+            const float dividend = lrq::from_bits(middle + around);
+            const float fast = reciprocal.times(dividend), exact = dividend / divisor;
+            const bool differs = (fast < tie) != (exact < tie) || (fast > tie) != (exact > tie);
+            wrong += differs && lrq::TwoPartReciprocal::serves(divisor);
+        }
+    }
+    return wrong;
+}
+
+// The ties of integers to 127; those of E2M1 have their mantissas.
 int64_t wrong_from_parts(uint32_t first, uint32_t count, uint32_t step) {
     int64_t wrong = 0;
-    for (float tie : {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f})
-        for (uint32_t i = 0; i < count; ++i) {
-            const float divisor = lrq::from_bits(0x3f800000u + first + i * step);
-            if (!lrq::TwoPartReciprocal::serves(divisor)) continue;
-            const lrq::TwoPartReciprocal reciprocal(divisor);
-            const uint32_t middle = lrq::to_bits(divisor * tie);
-            for (int around = -kAround; around <= kAround; ++around) {
-                const float dividend = lrq::from_bits(middle + around);
-                const float fast = reciprocal.times(dividend), exact = dividend / divisor;
-                wrong += (fast < tie) != (exact < tie) || (fast > tie) != (exact > tie);
-            }
-        }
+    for (int odd = 1; odd < 254; odd += 2)
+        wrong += wrong_from_parts_near(static_cast<float>(odd) * 0.5f, first, count, step);
     return wrong;
 }
 
@@ -66,6 +74,8 @@ bool same_code(float a, float b) {
     return code(a) == code(b) && integer(a) == integer(b) && lrq::encode_e2m1(a) == lrq::encode_e2m1(b);
 }
 
+bool same_but_for_zero(float a, float b) { return (a == 0.0f && b == 0.0f) || same_code(a, b); }
+
 int64_t wrong_at_random(int count) {
     std::mt19937 random(0);
     int64_t wrong = 0;
@@ -79,6 +89,8 @@ int64_t wrong_at_random(int count) {
         const float weight = scale * (1e-5f * static_cast<float>(static_cast<int32_t>(random()) >> 6));
         const lrq::Quotient everyday(scale, lrq::magnitude(weight));
         wrong += !everyday.safe() || !same_code(everyday.of(weight), weight / scale);
+        const lrq::TwoPartQuotient parts(scale, lrq::magnitude(weight));
+        wrong += !parts.safe() || !same_but_for_zero(parts.of(weight), weight / scale);
     }
     return wrong;
 }
