@@ -1,8 +1,8 @@
 """The representable block scale that minimises ``|E|^2 + γ <E,W>^2/|W|^2``, found exactly.
 
-Blocks and scales come in units in which neither overflows, a power of two for each block. With σ the scale, y = w/σ and q
-the nearest grid value to y, the objective is ``σ²A + γ/D·(σ²C)²``: A = Σ(q−y)², C = Σ(q−y)·y, D = Σw². Candidates are
-visited upwards and downwards from a start that saturates nothing, and two bounds say which can't win any more:
+Blocks and scales come in units in which neither overflows, a power of two for each block. With σ the scale, y = w/σ
+and q the nearest grid value to y, the objective is ``σ²A + γ/D·(σ²C)²``: A = Σ(q−y)², C = Σ(q−y)·y, D = Σw². Candidates
+are visited upwards and downwards from a start that saturates nothing, and two bounds say which can't win any more:
 
 * doubling: where nothing saturates, the grid of 2σ is a subset of the grid of σ, so ``|E|²`` can't fall by doubling σ;
 * clipping: below amax the error is at least that of the largest weight, ``(amax − max·σ)²``, and grows as σ falls.
@@ -32,7 +32,7 @@ class Candidates:
     """So many codes further the scale has doubled, from the code ``doubles_from`` on."""
     doubles_from: int
     scale: Callable[[Tensor, Tensor], Tensor]
-    """(block index, code) to float32 scale in the units of the block, with a finite reciprocal; it grows with the code."""
+    """(block index, code) to float32 scale in the block's units, with a finite reciprocal; it grows with the code."""
     nearest: Callable[[Tensor], Tensor]
     """Nearest grid value, saturating."""
     largest: float
