@@ -112,7 +112,11 @@ class Rounding:
     def check(self) -> None:
         """Raise :class:`InputError` for a combination that has no meaning."""
         if self.min_k > self.max_k:
-            raise InputError(f"--min_k {self.min_k}: must not be above --max_k {self.max_k}")
+            raise InputError(f"--max_k {self.max_k}: must not be below --min_k {self.min_k}; lower both")
+
+
+_OF_SEARCH = ("scale_search", "coherence")
+_OF_LEARNING = ("num_iter", "top_p", "min_k", "max_k", "plain_weight", "spectrum", "seed")
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,18 @@ class Conversion:
         """The flat view: every flag by its name."""
         flat = dataclasses.asdict(self)
         return {**flat.pop("storage"), **flat.pop("rounding"), **flat}
+
+    def without_effect(self) -> list[str]:
+        """One line for every setting that was changed, and changes nothing beside the others."""
+        default = Conversion().settings()
+        changed = {name for name, value in self.settings().items() if value != default[name]}
+        searches = self.storage.family in ("nvfp4", "mxfp8")
+        reasons = {
+            **({} if searches else dict.fromkeys(_OF_SEARCH, f"{self.storage.family.upper()} has no block scales to search")),
+            **({"coherence": "--scale_search off"} if searches and not self.rounding.scale_search else {}),
+            **(dict.fromkeys(_OF_LEARNING, "--simple") if self.rounding.simple else {}),
+        }
+        return [f"--{name} has no effect: {reasons[name]}" for name in sorted(changed & reasons.keys())]
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Conversion:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -53,6 +52,8 @@ class Plan:
     """Reason by tensor, for weights whose shape the format can't take."""
     copied: tuple[Entry, ...]
     """Source tensors that are copied byte for byte."""
+    dropped: tuple[Entry, ...]
+    """Source tensors that are left out: beside a quantized weight they would mean something else."""
     header: Header
     header_bytes: bytes
 
@@ -122,7 +123,7 @@ def _compile_excluded(expression: str | None) -> re.Pattern[str] | None:
         return None
     try:
         return re.compile(expression)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"--exclude-layers {printable(expression)}: not a regular expression: {error}") from None
 
 
@@ -153,9 +154,13 @@ def _assemble(
     markers = source_markers(source, frozenset(layer.name for layer in layers))
     _refuse_unmarked(source, markers)
     tensors: list[tuple[str, str, Shape]] = []
-    copied = []
+    copied, dropped = [], []
+    foreign = {f"{layer.name}.{suffix}" for layer in layers for suffix in comfyui.ACTIVATIONS}
     for entry in source.header.entries:
         layer = planned.get(entry.name)
+        if entry.name in foreign:
+            dropped.append(entry)
+            continue
         if layer is None:
             copied.append(entry)
             tensors.append((entry.name, entry.dtype, entry.shape))
@@ -173,7 +178,7 @@ def _assemble(
     metadata[comfyui.METADATA] = comfyui.metadata_entry(markers)
     metadata[PROVENANCE] = _provenance(source, conversion)
     header, header_bytes = lay_out(tensors, metadata)
-    return Plan(layers, kept, refused, tuple(copied), header, header_bytes)
+    return Plan(layers, kept, refused, tuple(copied), tuple(dropped), header, header_bytes)
 
 
 def _refuse_unmarked(source: Reader, markers: comfyui.Markers) -> None:
@@ -195,15 +200,24 @@ def source_markers(source: Reader, planned: frozenset[str] = frozenset()) -> com
     markers: comfyui.Markers = {}
     for entry in source.header.entries:
         name, _, suffix = entry.name.rpartition(".")
-        if suffix == comfyui.MARKER:
-            try:
-                marker = comfyui.read_marker_tensor(b"".join(source.chunks(entry)))
-            except ValueError:
-                continue
-            markers[name] = stated.get(name, marker)
+        if suffix == comfyui.MARKER and name not in planned:
+            markers[name] = stated.get(name) or _marker_of(source, entry, name)
         elif suffix == "weight" and entry.dtype not in FLOAT_DTYPES and name in stated:
             markers.setdefault(name, stated[name])
     return {name: marker for name, marker in markers.items() if name not in planned}
+
+
+def _marker_of(source: Reader, entry: Entry, name: str) -> dict[str, object]:
+    try:
+        marker = comfyui.read_marker_tensor(b"".join(source.chunks(entry)))
+        if not isinstance(marker.get("format"), str):
+            raise ValueError("names no format")
+    except ValueError as error:
+        raise InputError(
+            f"{source.path}: layer {printable(name)}: quantized already, but its {comfyui.MARKER} {error}; "
+            "convert the high-precision original"
+        ) from None
+    return marker
 
 
 def _provenance(source: Reader, conversion: Conversion) -> str:
@@ -216,10 +230,12 @@ def _provenance(source: Reader, conversion: Conversion) -> str:
     )
 
 
-def effective(conversion: Conversion, provenance: str | None) -> Conversion:
-    """The settings that a file records, or ``conversion`` where it records none that this version knows."""
+def recorded(provenance: str | None, of_this_version: bool = False) -> Conversion | None:
+    """The settings that a file records; None where it records none that this version knows."""
     try:
-        recorded = json.loads(provenance or "")["settings"]
-        return Conversion.from_settings(recorded)
+        entry = json.loads(provenance or "")
+        if of_this_version and entry["version"] != __version__:
+            return None
+        return Conversion.from_settings(entry["settings"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return dataclasses.replace(conversion)
+        return None

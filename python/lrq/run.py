@@ -13,7 +13,7 @@ import torch
 from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.writer import Writer
 from lrq.config import Conversion
-from lrq.errors import InputError
+from lrq.errors import InputError, printable
 from lrq.formats import STOCK
 from lrq.pipeline import LayerResult, OnLayer, run_plan
 from lrq.plan import Plan, make_plan
@@ -72,18 +72,23 @@ def quantize(
     chosen = choose_device(device)
     with Reader(source) as reader:
         plan = make_plan(reader, conversion)
-        target = Path(output) if output is not None else default_output(reader.path, plan)
+        target = default_output(reader.path, plan) if output is None else _target_of(output)
         _check_target(target, reader.path)
         on_plan(plan)
         with Writer(target, plan.header, plan.header_bytes) as writer:
             layers = run_plan(reader, plan, writer, conversion, chosen, on_layer)
-        return Summary(target, layers, plan.kept, plan.refused, notices(plan), reader.size, plan.output_size)
+        said = notices(plan, conversion)
+        return Summary(target, layers, plan.kept, plan.refused, said, reader.size, plan.output_size)
 
 
-def notices(plan: Plan) -> list[str]:
-    """One line for every format that stock ComfyUI can't load."""
+def notices(plan: Plan, conversion: Conversion) -> list[str]:
+    """One line for every format that stock ComfyUI can't load, tensor that is left out, and setting without effect."""
     needs = sorted({(layer.format.name, layer.format.loader) for layer in plan.layers if layer.format.loader != STOCK})
-    return [f"{name} is read by {loader}; {STOCK} can't load this file" for name, loader in needs]
+    return [
+        *(f"{name} is read by {loader}; {STOCK} can't load this file" for name, loader in needs),
+        *(f"{printable(entry.name)} is left out: it would act on the quantized layer" for entry in plan.dropped),
+        *conversion.without_effect(),
+    ]
 
 
 def default_output(source: Path, plan: Plan) -> Path:
@@ -109,6 +114,16 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
+def _target_of(output: str | os.PathLike[str]) -> Path:
+    """The file that ``output`` names: behind a link, what it points to."""
+    name = os.fspath(output)
+    if not name:
+        raise InputError("--output: the name is empty; name a file")
+    if name.endswith(os.sep):
+        raise InputError(f"{name}: names a folder; name a file")
+    return Path(os.path.realpath(name)) if os.path.islink(name) else Path(name)
+
+
 def _check_target(target: Path, source: Path) -> None:
     if not target.parent.is_dir():
         raise InputError(f"{target.parent}: no such folder; make it first")
@@ -118,6 +133,8 @@ def _check_target(target: Path, source: Path) -> None:
         raise InputError(f"{target}: is a device or a pipe; name a file")
     if target.exists() and os.path.samefile(target, source):
         raise InputError(f"{target}: output and input are the same file")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise InputError(f"{target}: exists and is read-only; name another file")
 
 
 def verify(

@@ -68,6 +68,9 @@ def lay_out(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str,
 
     Wide dtypes come first, so that every tensor starts at a multiple of its element size: loaders that view the bytes
     need that. Within a dtype the given order stays.
+
+    Raises:
+        InputError: the header would be over :data:`MAX_HEADER`.
     """
     ordered = sorted(tensors, key=lambda tensor: -BITS[tensor[1]])
     entries, offset = [], 0
@@ -80,6 +83,11 @@ def lay_out(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str,
         table[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [entry.begin, entry.end]}
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise InputError(
+            f"the output's header would take {len(text)} bytes, over the limit of {MAX_HEADER} that loaders have; "
+            "the source has too many tensors, or names that are too long"
+        )
     return Header(tuple(entries), metadata, 8 + len(text)), len(text).to_bytes(8, "little") + text
 
 

@@ -43,6 +43,8 @@ class Reader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        if not os.fspath(path):
+            raise InputError("the name of the checkpoint is empty; name one .safetensors file")
         if self.path.is_dir():
             raise InputError(f"{self.path}: is a folder; name one .safetensors file")
         if self.path.exists() and not self.path.is_file():

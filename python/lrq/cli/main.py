@@ -33,7 +33,6 @@ def _stop(*_: Any) -> NoReturn:
 
 def _guarded(work: Callable[[], Any]) -> Any:
     """Run ``work``; what a user can cause becomes one line on stderr."""
-
     try:
         # Before signals are heeded: an import may swallow what they raise, and there is nothing yet to remove.
         import torch  # noqa: F401
@@ -58,7 +57,7 @@ def _guarded(work: Callable[[], Any]) -> Any:
             raise
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}")
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

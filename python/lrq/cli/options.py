@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
+import sys
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -13,7 +15,17 @@ from lrq.config import Conversion, Rounding, Storage
 from lrq.errors import printable
 
 
-class DashCommand(click.Command):
+class AnyCharacter(click.Command):
+    """A command whose output stands in any encoding: what the terminal can't hold is escaped."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
+
+
+class DashCommand(AnyCharacter):
     """A command whose long flags work with dash and underscore alike, and whose usage errors are one line."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -24,7 +36,7 @@ class DashCommand(click.Command):
             raise _OneLine(error.format_message()) from None
 
 
-class OneLineGroup(click.Group):
+class OneLineGroup(click.Group, AnyCharacter):
     """A group of commands whose usage errors are one line."""
 
     def resolve_command(

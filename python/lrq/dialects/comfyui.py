@@ -15,10 +15,14 @@ from lrq.formats import Format, Shape
 
 MARKER = "comfy_quant"
 METADATA = "_quantization_metadata"
+VERSION = "1.0"
+"""Of the layout of that entry."""
 LEGACY = "scaled_fp8"
 """Last part of the key that marks a file of the older layout."""
 STORED = ("weight", "weight_scale", "weight_scale_2")
 """Suffixes of the tensors that lrq writes for a layer, besides the marker."""
+ACTIVATIONS = ("input_scale", "pre_quant_scale")
+"""Suffixes that change what a quantized layer does to its input, and mean nothing beside a weight that is not."""
 COUNTS = ("convrot_groupsize", "group_size", "num_experts")
 """Marker keys whose values are positive integers."""
 Markers = dict[str, dict[str, Any]]
@@ -47,7 +51,7 @@ def marker_tensor(marker: dict[str, Any]) -> torch.Tensor:
 
 def metadata_entry(markers: Markers) -> str:
     """Marker B."""
-    return json.dumps({"format_version": "1.0", "layers": markers})
+    return json.dumps({"format_version": VERSION, "layers": markers})
 
 
 def read_marker_tensor(data: bytes) -> dict[str, Any]:
@@ -78,6 +82,8 @@ def read_metadata_entry(metadata: dict[str, str]) -> Markers:
         layers = table["layers"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{METADATA} is not a JSON object with layers") from None
+    if table.get("format_version", VERSION) != VERSION:
+        raise ValueError(f"{METADATA}: format_version must be {VERSION}, is {table['format_version']!r}")
     if not isinstance(layers, dict) or not all(isinstance(marker, dict) for marker in layers.values()):
         raise ValueError(f"{METADATA}: layers must map names to objects")
     return layers

@@ -26,6 +26,8 @@ class Format(ABC):
     marker_name: ClassVar[str]
     """The ``format`` string of the marker."""
     grid: ClassVar[Grid]
+    has_scale_search: ClassVar[bool] = False
+    """Whether :meth:`quantize` can search block scales."""
 
     @property
     @abstractmethod
@@ -80,10 +82,9 @@ class Format(ABC):
             ValueError: the marker does not describe them.
         """
 
+    @abstractmethod
     def dequantize(self, tensors: Tensors, shape: Shape) -> Tensor:
         """The weight that the stored tensors stand for, float32 [..,N,K]."""
-        values, scale = self.expand(tensors, shape)
-        return self.restore(values * scale)
 
     def layout(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
         """dtype and shape of every stored tensor of a weight of this shape."""

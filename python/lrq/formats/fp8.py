@@ -38,6 +38,9 @@ class Fp8(Scaled):
         codes, scale = lrq_kernels.quantize_fp8(w, self.scaling, self.block)
         return {"weight": codes, "weight_scale": scale}
 
+    def dequantize(self, tensors: Tensors, shape: Shape) -> Tensor:
+        return lrq_kernels.dequantize_fp8(tensors["weight"], tensors["weight_scale"])
+
     def with_codes(self, tensors: Tensors, values: Tensor) -> Tensors:
         return {**tensors, "weight": encode_e4m3(values)}
 

@@ -58,6 +58,9 @@ class Int8(Scaled):
         codes, scale = lrq_kernels.quantize_int8(w, self.scaling, self.block, None, self.convrot)
         return {"weight": codes, "weight_scale": scale}
 
+    def dequantize(self, tensors: Tensors, shape: Shape) -> Tensor:
+        return lrq_kernels.dequantize_int8(tensors["weight"], tensors["weight_scale"], self.convrot)
+
     def with_codes(self, tensors: Tensors, values: Tensor) -> Tensors:
         return {**tensors, "weight": values.to(torch.int8)}
 

@@ -22,6 +22,7 @@ class Mxfp8(Format):
 
     marker_name: ClassVar[str] = "mxfp8"
     grid: ClassVar[Grid] = E4M3
+    has_scale_search: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -38,6 +39,9 @@ class Mxfp8(Format):
         # Byte 0 marks a zero block: no code of it may become anything but zero.
         scale = power_of_two(exponents.int()).masked_fill(exponents == 0, 0.0)
         return codes[..., :rows, :columns].float(), scale[..., :rows, :].repeat_interleave(BLOCK, -1)[..., :columns]
+
+    def dequantize(self, tensors: Tensors, shape: Shape) -> Tensor:
+        return lrq_kernels.dequantize_mxfp8(tensors["weight"], tensors["weight_scale"], *shape[-2:])
 
     def with_codes(self, tensors: Tensors, values: Tensor) -> Tensors:
         stored = tensors["weight"]

@@ -22,6 +22,7 @@ class Nvfp4(Format):
 
     marker_name: ClassVar[str] = "nvfp4"
     grid: ClassVar[Grid] = E2M1
+    has_scale_search: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -38,6 +39,10 @@ class Nvfp4(Format):
         total = tensors["weight_scale_2"][..., None, None] * scales.float()
         values = decode_e2m1(codes[..., :rows, :columns])
         return values, total[..., :rows, :].repeat_interleave(BLOCK, -1)[..., :columns]
+
+    def dequantize(self, tensors: Tensors, shape: Shape) -> Tensor:
+        stored = tensors["weight"], tensors["weight_scale"], tensors["weight_scale_2"]
+        return lrq_kernels.dequantize_nvfp4(*stored, *shape[-2:])
 
     def with_codes(self, tensors: Tensors, values: Tensor) -> Tensors:
         stored = tensors["weight"]

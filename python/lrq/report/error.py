@@ -13,6 +13,12 @@ from lrq.formats import Format, Tensors
 from lrq.rounding.metric import leading_directions, subspace_size
 
 
+GROUP = 32
+"""Neighbours of a row whose error is looked at together."""
+CHUNK = 1 << 22
+"""Weights in float64 at a time."""
+
+
 @dataclass(frozen=True)
 class LayerError:
     """Sums over the layer's matrices, of squares."""
@@ -27,9 +33,13 @@ class LayerError:
     """|E0|^2, E0 the error of round-to-nearest with amax scales in the same format."""
     nearest_projected: float
     """|E0 V|^2"""
+    outlier: float = 0.0
+    """No sum: the largest |E| of :data:`GROUP` neighbours of a row, in units of the largest of |E0|, |E| after the scale
+    search alone, and |W|/10."""
 
     def __add__(self, other: LayerError) -> LayerError:
-        return LayerError(*(a + b for a, b in zip(self._sums(), other._sums(), strict=True)))
+        a, b, c, d, e = (x + y for x, y in zip(self._sums(), other._sums(), strict=True))
+        return LayerError(a, b, c, d, e, max(self.outlier, other.outlier))
 
     def _sums(self) -> tuple[float, ...]:
         return self.weight, self.plain, self.projected, self.nearest_plain, self.nearest_projected
@@ -69,15 +79,52 @@ def _ratio(squares: float, of: float, neither: float) -> float:
 def measure(fmt: Format, tensors: Tensors, w: Tensor, rounding: Rounding) -> LayerError:
     """Error of stored tensors against the weight [N,K] or [E,N,K] they were made from."""
     shape = tuple(w.shape)
-    # FP64 sources are rounded to float32 before they are quantized: that error counts, too.
-    exact = w.double()
-    stored = fmt.dequantize(tensors, shape).double() - exact
-    nearest = fmt.dequantize(fmt.quantize(w.float() if w.dtype == torch.float64 else w, None), shape).double() - exact
-    matrices = [(exact, stored, nearest)] if len(shape) == 2 else list(zip(exact, stored, nearest, strict=True))
+    single = w.float() if w.dtype == torch.float64 else w
+    stored = fmt.dequantize(tensors, shape)
+    nearest = fmt.dequantize(fmt.quantize(single, None), shape)
+    searched = nearest
+    if rounding.scale_search and fmt.has_scale_search:
+        searched = fmt.dequantize(fmt.quantize(single, rounding.coherence), shape)
+    if len(shape) == 2:
+        return _measure_matrix(w, stored, nearest, searched, rounding)
     total = LayerError(0.0, 0.0, 0.0, 0.0, 0.0)
-    for one, error, error0 in matrices:
-        k = subspace_size(tuple(one.shape), rounding.top_p, rounding.min_k, rounding.max_k)
-        directions = leading_directions(one / one.abs().amax().clamp(min=torch.finfo(torch.float64).tiny), k)
-        sums = [one, error, error @ directions, error0, error0 @ directions]
-        total += LayerError(*(s.square().sum().item() for s in sums))
+    for i in range(shape[0]):
+        total += _measure_matrix(w[i], stored[i], nearest[i], searched[i], rounding)
     return total
+
+
+def _measure_matrix(w: Tensor, stored: Tensor, nearest: Tensor, searched: Tensor, rounding: Rounding) -> LayerError:
+    k = subspace_size(tuple(w.shape), rounding.top_p, rounding.min_k, rounding.max_k)
+    largest = w.abs().amax().double().clamp(min=torch.finfo(torch.float64).tiny)
+    directions = leading_directions(w.to(torch.float64, copy=True).div_(largest), k)
+    total = LayerError(0.0, 0.0, 0.0, 0.0, 0.0)
+    rows = max(1, CHUNK // w.shape[1])
+    for parts in zip(*(matrix.split(rows) for matrix in (w, stored, nearest, searched)), strict=True):
+        # FP64 sources are rounded to float32 before they are quantized: that error counts, too.
+        exact, *others = (part.double() for part in parts)
+        error, error0, error1 = (other - exact for other in others)
+        total += LayerError(
+            _energy(exact),
+            _energy(error),
+            _energy(error @ directions),
+            _energy(error0),
+            _energy(error0 @ directions),
+            _outlier(exact, error, torch.maximum(_groups(error0), _groups(error1))),
+        )
+    return total
+
+
+def _energy(x: Tensor) -> float:
+    return x.square().sum().item()
+
+
+def _groups(x: Tensor) -> Tensor:
+    """Norms of whole groups of :data:`GROUP` neighbours of a row."""
+    whole = x.shape[1] // GROUP * GROUP
+    return x[:, :whole].unflatten(1, (-1, GROUP)).norm(dim=-1)
+
+
+def _outlier(w: Tensor, error: Tensor, expected: Tensor) -> float:
+    found = _groups(error)
+    ratios = torch.where(found > 0, found / torch.maximum(expected, _groups(w) / 10), 0.0)
+    return ratios.amax().item() if ratios.numel() else 0.0

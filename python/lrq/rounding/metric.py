@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 
+def sum_of_squares(x: Tensor) -> float:
+    """Sum of the squares of x [N,K] in float64, a part of x at a time."""
+    rows = max(1, (1 << 22) // x.shape[1])
+    return sum(part.double().square().sum().item() for part in x.split(rows))
+
+
 @dataclass(frozen=True)
 class Metric:
     """A quadratic form over errors [N,K]; smaller is better."""
@@ -31,8 +37,7 @@ class Metric:
 
     def value(self, error: Tensor) -> float:
         """f(E), summed in float64."""
-        projected = self.project(error).double().square().sum()
-        return (projected + self.plain_weight * error.double().square().sum()).item()
+        return sum_of_squares(self.project(error)) + self.plain_weight * sum_of_squares(error)
 
 
 def leading_directions(w: Tensor, count: int) -> Tensor:
@@ -67,9 +72,10 @@ def input_metric(w: Tensor, top_p: float, min_k: int, max_k: int, plain_weight: 
     A direction of singular value σ counts as ``σ^spectrum``, scaled so that the mean square of these weights is 1.
     """
     k = subspace_size(tuple(w.shape), top_p, min_k, max_k)
-    largest = w.abs().amax()
+    largest = w.aminmax()
+    unit = torch.maximum(largest.max, -largest.min)
     # The subspace does not depend on the weight's unit, the float32 range of its Gram matrix does.
-    directions, values = leading_subspace(w / torch.where(largest > 0, largest, 1.0), k)
+    directions, values = leading_subspace(w / torch.where(unit > 0, unit, 1.0), k)
     weights = values.pow(spectrum)
     norm = weights.square().mean().sqrt()
     return Metric(directions * torch.where(norm > 0, weights / norm, 1.0), plain_weight)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lrq.formats.grid import Grid
-from lrq.rounding.metric import Metric
+from lrq.rounding.metric import Metric, sum_of_squares
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Problem:
 
     def error(self, values: Tensor) -> Tensor:
         """E = q·scale − W."""
-        return values * self.scale - self.weight
+        return (values * self.scale).sub_(self.weight)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,5 @@ class Solution:
 
 def relative_error(problem: Problem, values: Tensor) -> float:
     """|E|/|E0|, E0 the error of round-to-nearest with the same scales; 1 if that is zero."""
-    start = torch.linalg.vector_norm(problem.error(problem.start), dtype=torch.float64)
-    error = torch.linalg.vector_norm(problem.error(values), dtype=torch.float64)
-    return (error / start).item() if start > 0 else 1.0
+    start = sum_of_squares(problem.error(problem.start))
+    return math.sqrt(sum_of_squares(problem.error(values)) / start) if start > 0 else 1.0
