@@ -71,7 +71,7 @@ def reciprocal_of(scale):
 def encode(values, scale, parts, FP8: tl.constexpr, FUSED: tl.constexpr, HARDWARE: tl.constexpr):
     """Codes of ``values/scale``, where the scale is that of their amax or more; ``parts`` are `reciprocal_of` it.
 
-    Without a branch: Triton 3.7 spills gigantically where one follows the rotation.
+    Without a branch, through which Triton 3.7 would trace layouts back into the rotation, and spill.
     """
     if FUSED:
         unit, divisor, reciprocal = parts

@@ -96,8 +96,13 @@ def rows_kernel(
     best = tl.zeros((ROWS, CHUNK), tl.float32)
     for j in tl.static_range(CHUNKS):
         best = tl.maximum(best, tl.abs(widen(held[j])))
-    scale = scale_of(tl.max(best, axis=1, keep_dims=True), False, FP8)
-    tl.store(scales + batch * rows + row, scale, row < rows)
+    if ROWS == 1:
+        # A scalar: Triton 3.7 would trace the layout of a stored [1,1] back through the rotation, and spill.
+        scale = scale_of(tl.max(best), False, FP8)
+        tl.store(scales + batch * rows + tl.program_id(0), scale)
+    else:
+        scale = scale_of(tl.max(best, axis=1, keep_dims=True), False, FP8)
+        tl.store(scales + batch * rows + row, scale, row < rows)
     parts = reciprocal_of(scale)
     codes += (batch * rows + row) * columns + column
     for j in tl.static_range(CHUNKS):

@@ -35,12 +35,13 @@ def values_kernel(
 ):
     """One scale for the matrix, or for each row."""
     batch = tl.program_id(1).to(tl.int64)
-    row = (tl.program_id(0) // column_tiles) * ROWS + tl.arange(0, ROWS)[:, None]
+    rows_here = (tl.program_id(0) // column_tiles) * ROWS + tl.arange(0, ROWS)
+    row = rows_here[:, None]
     column = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
     values = tl.load(codes + batch * batch_stride + row.to(tl.int64) * row_stride + column, inside, 0)
     if BY_ROW:
-        scale = tl.load(scales + batch * rows + row, row < rows, 0.0)
+        scale = tl.load(scales + batch * rows + rows_here, rows_here < rows, 0.0)[:, None]
     else:
         scale = tl.load(scales + batch)
     values = narrow(decode(values, FP8, HARDWARE) * scale, out.dtype.element_ty)
@@ -69,7 +70,8 @@ def pieces_kernel(
     """PIECES neighbours of the PARTS by PARTS pieces of each block; PIECE wide, padded to SIDE, a power of two."""
     batch = tl.program_id(1).to(tl.int64)
     down = tl.program_id(0) // tiles_across
-    piece = (tl.program_id(0) % tiles_across) * PIECES + tl.arange(0, PIECES)[None, :, None]
+    pieces_here = (tl.program_id(0) % tiles_across) * PIECES + tl.arange(0, PIECES)
+    piece = pieces_here[None, :, None]
     row = (down % PARTS) * PIECE + tl.arange(0, SIDE)[:, None, None]
     column = (piece % PARTS) * PIECE + tl.arange(0, SIDE)[None, None, :]
     inside = (piece < across * PARTS) & (row < BLOCK) & (column < BLOCK)
@@ -79,7 +81,8 @@ def pieces_kernel(
     row = row + (down // PARTS).to(tl.int64) * BLOCK
     values = tl.load(codes + batch * batch_stride + row * row_stride + column, inside, 0)
     block_row = batch * (rows // BLOCK) + down // PARTS
-    scale = tl.load(scales + block_row * across + piece // PARTS, piece < across * PARTS, 0.0)
+    scale = tl.load(scales + block_row * across + pieces_here // PARTS, pieces_here < across * PARTS, 0.0)
+    scale = scale[None, :, None]
     values = narrow(decode(values, FP8, HARDWARE) * scale, out.dtype.element_ty)
     tl.store(out + (batch * rows + row) * columns + column, values, inside)
 
