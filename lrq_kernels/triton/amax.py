@@ -1,13 +1,16 @@
-"""Largest magnitude of every matrix of a batch, as float32 bits: their integer order is the order of the magnitudes."""
+"""Largest magnitude of every matrix of a batch, as float32 bits: their integer order is that of the magnitudes, and a
+NaN is above all."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrq_kernels.dispatch import kernel
 from lrq_kernels.triton.arithmetic import widen
+from lrq_kernels.triton.launch import current, matrices_of, merged, refusal, tile_of, warps_of
 
-_ROWS, _COLUMNS = 16, 256
+_WEIGHTS, _HELD = 8192, 32
 _PROGRAMS = 2048
 
 
@@ -31,13 +34,32 @@ def amax_kernel(
     tl.atomic_max(bits + batch, tl.max(best), sem="relaxed")
 
 
+def _fill(matrices: Tensor, bits: Tensor) -> None:
+    x = merged(matrices)
+    tile = tile_of(x, _WEIGHTS)
+    amax_kernel[min(tile.programs(x), _PROGRAMS), len(x)](
+        x,
+        bits.zero_(),
+        x.stride(0),
+        x.stride(1),
+        x.shape[1],
+        x.shape[2],
+        tile.across(x),
+        tile.programs(x),
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        num_warps=warps_of(tile.rows * tile.columns, _HELD),
+    )
+
+
 def amax_bits(x: Tensor) -> Tensor:
     """Bits of the largest magnitude of the matrices [B,M,N], int32 [B]; the last stride of ``x`` is 1."""
-    batch, rows, columns = x.shape
-    bits = torch.zeros(batch, dtype=torch.int32, device=x.device)
-    column_tiles = triton.cdiv(columns, _COLUMNS)
-    tiles = triton.cdiv(rows, _ROWS) * column_tiles
-    amax_kernel[min(tiles, _PROGRAMS), batch](
-        x, bits, x.stride(0), x.stride(1), rows, columns, column_tiles, tiles, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=8
-    )
+    bits = torch.empty(len(x), dtype=torch.int32, device=x.device)
+    _fill(x, bits)
     return bits
+
+
+@kernel("amax", backend="triton", accepts=refusal)
+def amax(x: Tensor, out: Tensor) -> None:
+    with current(x):
+        _fill(matrices_of(x), out.view(torch.int32))

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+NARROWS = tl.constexpr(not triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def widen(x):
@@ -11,6 +13,21 @@ def widen(x):
         # What the GPU does; the interpreter's own conversion of subnormals is wrong.
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 values in another type, ties to even."""
+    if dtype == tl.bfloat16:
+        # What the GPU does; the interpreter's own conversion of subnormals is wrong.
+        if NARROWS:
+            return x.to(tl.bfloat16)
+        else:
+            bits = x.to(tl.int32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
+            return rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit

@@ -1,7 +1,5 @@
 """NVFP4 in two passes: the amax of every matrix, unless the tensor scale is given; then scales and codes."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -10,14 +8,13 @@ from torch import Tensor
 from lrq_kernels.dispatch import kernel
 from lrq_kernels.triton.amax import amax_bits
 from lrq_kernels.triton.arithmetic import largest, split_blocks, widen
+from lrq_kernels.triton.launch import INTERPRETED, MOST_PROGRAMS, current, refusal
 from lrq_kernels.triton.minifloat import MAX_E2M1, MAX_E4M3, decode_e4m3, encode_e4m3, pack_e2m1
 from lrq_kernels.triton.search import best_scales
 
 _RULE = {"ROWS": 128, "num_warps": 8}
 # One warp: blocks wait for the slowest of their program, and its vote takes no barrier.
 _SEARCH = {"ROWS": 8, "num_warps": 1}
-_MOST_PROGRAMS = 2**31 - 1
-_MOST_MATRICES = 65535
 
 
 @triton.jit
@@ -86,34 +83,15 @@ def quantize_kernel(
     tl.store(place, scale.to(tl.uint8))
 
 
-INTERPRETED = not isinstance(quantize_kernel, triton.JITFunction)
-"""``TRITON_INTERPRET=1`` was set when this module was imported."""
-
-
-def _cuda_refusal(x: Tensor) -> str | None:
-    if torch.version.hip is not None:
-        return "ROCm is not supported"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or later"
-    return None
-
-
 def _programs(x: Tensor, config: dict[str, int]) -> int:
     return triton.cdiv(x.shape[-2], 128) * (128 // config["ROWS"]) * triton.cdiv(x.shape[-1], 64)
 
 
 def _refusal(x: Tensor, given_scale: Tensor | None, coherence: float | None) -> str | None:
-    if x.device.type not in ("cuda", "cpu"):
-        return f"takes CUDA tensors, got one on {x.device}"
-    if x.device.type == "cpu" and not INTERPRETED:
-        return "takes CPU tensors only if TRITON_INTERPRET=1 was set before it was imported"
-    if given_scale is not None and given_scale.device != x.device:
-        return f"x is on {x.device}, but tensor_scale on {given_scale.device}"
-    if x.shape[:-2].numel() > _MOST_MATRICES:
-        return f"at most {_MOST_MATRICES} matrices, got {x.shape[0]}"
-    if _programs(x, _RULE if coherence is None else _SEARCH) > _MOST_PROGRAMS:
-        return f"matrix too large for one launch: {list(x.shape[-2:])}"
-    return _cuda_refusal(x) if x.is_cuda else None
+    reason = refusal(x, given_scale)
+    if reason is None and _programs(x, _RULE if coherence is None else _SEARCH) > MOST_PROGRAMS:
+        reason = f"matrix too large for one launch: {list(x.shape[-2:])}"
+    return reason
 
 
 def _hardware(x: Tensor) -> bool:
@@ -136,7 +114,7 @@ def quantize_nvfp4(
     matrices = x if x.dim() == 3 else x[None]
     batch, rows, columns = matrices.shape
     config = _RULE if coherence is None else _SEARCH
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with current(x):
         quantize_kernel[_programs(x, config), batch](
             matrices,
             amax_bits(matrices) if given_scale is None else given_scale.detach().contiguous(),

@@ -31,8 +31,19 @@ def test_refuses_cpu_tensors() -> None:
     assert "TRITON_INTERPRET" in lrq_kernels.explain("quantize_nvfp4", torch.ones(1, 16), None, None)["triton"]
 
 
-def compiled(kernel, architecture: int, pointers: dict[str, str], constants: dict[str, int], ones: bool, warps: int):
-    """``kernel`` for an absent GPU; ``ones``: as launched where every integer is 1, else aligned to 16."""
+ALIGNED = frozenset({"x", "codes", "block_scales", "batch_stride", "row_stride", "columns"})
+
+
+def compiled(
+    kernel,
+    architecture: int,
+    pointers: dict[str, str],
+    constants: dict[str, int],
+    ones: bool,
+    warps: int,
+    multiples: frozenset[str] = ALIGNED,
+):
+    """``kernel`` for an absent GPU; ``ones``: as launched where every integer is 1, else ``multiples`` are of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -41,7 +52,7 @@ def compiled(kernel, architecture: int, pointers: dict[str, str], constants: dic
     if ones:
         constants = {name: 1 for name in names if name not in pointers} | constants
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    aligned = () if ones else set(names) & {"x", "codes", "block_scales", "batch_stride", "row_stride", "columns"}
+    aligned = () if ones else (set(names) & multiples) - set(constants)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
@@ -72,7 +83,7 @@ def compiled_quantize(architecture: int, search: bool, dtype: str = "bf16", give
 @pytest.mark.parametrize("search", [False, True], ids=["rule", "search"])
 @pytest.mark.parametrize("architecture", [90, 100, 120])
 def test_compiles_without_a_gpu(architecture: int, search: bool, tmp_path: Path, monkeypatch) -> None:
-    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = compiled_quantize(architecture, search)
     ptx = kernel.asm["ptx"]
@@ -82,12 +93,18 @@ def test_compiles_without_a_gpu(architecture: int, search: bool, tmp_path: Path,
     inexact = re.findall(r"fma\.\S*f32|div\.(?:full|approx)\S*|rcp\.approx\S*|\S+\.ftz\S*", ptx)
     assert not inexact, "instructions whose result is not that of the reference"
 
-    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    usage = resource_usage(kernel, tmp_path)
+    assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
+
+
+def resource_usage(kernel, folder: Path) -> str:
+    """What cuobjdump says of registers and spills."""
+    triton = pytest.importorskip("triton")
+    (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not cuobjdump.exists():
         pytest.skip("no cuobjdump: spills unknown")
-    usage = subprocess.run([cuobjdump, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True).stdout
-    assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
+    return subprocess.run([cuobjdump, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True).stdout
 
 
 @compiles

@@ -1,0 +1,110 @@
+"""Codes of one byte, E4M3 or INT8, and what they stand for.
+
+Constants of the kernels: FP8 or else INT8; FUSED, where ``tl.fma`` is one instruction (the interpreter's rounds twice);
+HARDWARE, where the GPU converts E4M3.
+"""
+
+import triton
+import triton.language as tl
+
+from lrq_kernels.triton.minifloat import MAX_E4M3, encode_e4m3
+
+MAX_INT8 = tl.constexpr(127.0)
+_ROUNDS = tl.constexpr(1.5 * 2.0**23)
+
+
+@triton.jit
+def scale_of(amax, TENSOR: tl.constexpr, FP8: tl.constexpr):
+    """The scale of weights up to ``amax``."""
+    if FP8:
+        if TENSOR:
+            quotient = tl.div_rn(amax, MAX_E4M3)
+            return tl.where(quotient == 0, 1.0, quotient)
+        else:
+            return tl.div_rn(tl.maximum(amax, 1e-12), MAX_E4M3)
+    else:
+        return tl.maximum(tl.div_rn(amax, MAX_INT8), 1e-30)
+
+
+@triton.jit
+def _bounded(values, bound):
+    return tl.minimum(tl.maximum(values, -bound), bound)
+
+
+@triton.jit
+def _codes(y, FP8: tl.constexpr, HARDWARE: tl.constexpr):
+    """Codes of values that round to 127 at most if they are for INT8."""
+    if FP8:
+        if HARDWARE:
+            codes = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        else:
+            sign = (y.to(tl.int32, bitcast=True) >> 24) & 128
+            codes = (encode_e4m3(tl.minimum(tl.abs(y), MAX_E4M3)) | sign).to(tl.uint8)
+    else:
+        # The sum has 1 as its last place: adding rounds, and the low bits are the integer.
+        codes = (y + _ROUNDS).to(tl.int32, bitcast=True).to(tl.uint8)
+    return codes
+
+
+@triton.jit
+def _quotient(dividend, divisor, reciprocal):
+    """csrc/quotient.h: on the same side of every tie as the correctly rounded quotient; -0 stays -0."""
+    near = dividend * reciprocal
+    return tl.fma(-tl.fma(near, divisor, -dividend), reciprocal, near)
+
+
+@triton.jit
+def _exact(values, scale, FP8: tl.constexpr, HARDWARE: tl.constexpr):
+    quotient = tl.div_rn(values, scale + tl.zeros_like(values))
+    return _codes(_bounded(quotient, MAX_E4M3 if FP8 else MAX_INT8), FP8, HARDWARE)
+
+
+@triton.jit
+def reciprocal_of(scale):
+    """A power of two by which remainders of divisions by ``scale`` can't underflow; the scale by it, and 1 by that."""
+    unit = tl.where(scale < 2.0**-80, 2.0**100, tl.where(scale > 2.0**80, 2.0**-60, 1.0))
+    divisor = scale * unit
+    return unit, divisor, tl.div_rn(tl.zeros_like(divisor) + 1.0, divisor)
+
+
+@triton.jit
+def encode(values, scale, parts, FP8: tl.constexpr, FUSED: tl.constexpr, HARDWARE: tl.constexpr):
+    """Codes of ``values/scale``, where the scale is that of their amax or more; ``parts`` are `reciprocal_of` it.
+
+    Without a branch, through which Triton 3.7 would trace layouts back into the rotation, and spill.
+    """
+    if FUSED:
+        unit, divisor, reciprocal = parts
+        codes = _codes(_quotient(values * unit, divisor, reciprocal), FP8, HARDWARE)
+    else:
+        codes = _exact(values, scale, FP8, HARDWARE)
+    return codes
+
+
+@triton.jit
+def encode_by_given(values, scale, FP8: tl.constexpr, FUSED: tl.constexpr, HARDWARE: tl.constexpr):
+    """Codes of ``values/scale``, saturating, whatever the scale, a scalar."""
+    if FUSED and scale > 0:
+        # What is beyond the largest times the scale saturates, and so does that product.
+        bounded = _bounded(values, scale * (MAX_E4M3 if FP8 else MAX_INT8))
+        codes = encode(bounded, scale, reciprocal_of(scale), FP8, FUSED, HARDWARE)
+    else:
+        codes = _exact(values, scale, FP8, HARDWARE)
+    return codes
+
+
+@triton.jit
+def decode(codes, FP8: tl.constexpr, HARDWARE: tl.constexpr):
+    """Values of codes (uint8), float32."""
+    if FP8:
+        if HARDWARE:
+            values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            code = codes.to(tl.int32)
+            # The exponent's bias of 7 in place of 127; the product is exact.
+            bits = (code & 127) << 20 | (code & 128) << 24
+            values = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+            values = tl.where((code & 127) == 127, float("nan"), values)
+    else:
+        values = codes.to(tl.int8, bitcast=True).to(tl.float32)
+    return values
