@@ -9,22 +9,86 @@ from torch import Tensor
 
 from lrq_kernels.dispatch import kernel
 from lrq_kernels.triton.amax import amax_bits
-from lrq_kernels.triton.arithmetic import largest, split_blocks, widen
+from lrq_kernels.triton.arithmetic import largest
+from lrq_kernels.triton.blocks import load_16, place_blocks
 from lrq_kernels.triton.minifloat import MAX_E2M1, MAX_E4M3, decode_e4m3, encode_e4m3, pack_e2m1
+from lrq_kernels.triton.quotient import quotient, reciprocal, serves, times, two_part_reciprocal
 from lrq_kernels.triton.search import best_scales
 
-_RULE = {"ROWS": 128, "num_warps": 8}
+# One warp: the vote takes no barrier.
+_RULE = {"BLOCKS": 128, "num_warps": 1}
 # One warp: blocks wait for the slowest of their program, and its vote takes no barrier.
-_SEARCH = {"ROWS": 8, "num_warps": 1}
+_SEARCH = {"BLOCKS": 32, "num_warps": 1}
 _MOST_PROGRAMS = 2**31 - 1
 _MOST_MATRICES = 65535
+_SIXTH = tl.constexpr(0.16666667163372040)
+# Of the blocks that may take reciprocals. With these no product of tensor and block scale leaves 2^-80 to 2^80.
+_LEAST_OUTER, _MOST_OUTER = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)
+_LEAST_NORMAL = tl.constexpr(0.015625)
 
 
 @triton.jit
-def quantize_kernel(
+def load_outer(outer_source, tensor_scale, first, GIVEN: tl.constexpr):
+    """The tensor scale of this program's matrix; the ``first`` program of the matrix stores it."""
+    outer = tl.load(outer_source + tl.program_id(1))
+    if not GIVEN:
+        outer = tl.div_rn(outer.to(tl.float32, bitcast=True), MAX_E4M3 * MAX_E2M1)
+        outer = tl.where(outer == 0, 1.0, outer)
+    if first:
+        tl.store(tensor_scale + tl.program_id(1), outer)
+    return outer
+
+
+@triton.jit
+def store_blocks(codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows):
+    batch = tl.program_id(1).to(tl.int64)
+    place = codes + (batch * coded_rows + row) * coded_blocks + block
+    tl.store(place, packed, (row < coded_rows) & (block < coded_blocks))
+    place = block_scales + batch * scale_rows * (tl.cdiv(coded_blocks, 4) * 4) + position
+    tl.store(place, scale.to(tl.uint8))
+
+
+@triton.jit
+def pack_blocks(y, w, HARDWARE: tl.constexpr, SATURATE: tl.constexpr):
+    """Codes of the 16 columns of blocks, int64."""
+    low = pack_e2m1(y[:8], w[:8], HARDWARE, SATURATE)
+    high = pack_e2m1(y[8:], w[8:], HARDWARE, SATURATE)
+    return low.to(tl.int64) | high.to(tl.int64) << 32
+
+
+@triton.jit
+def encode_blocks(weights, scale, outer, HARDWARE: tl.constexpr):
+    """Codes at any scale."""
+    total = outer * decode_e4m3(scale)
+    divisor = tl.where(total == 0, 1.0, total)
+    packed = pack_blocks([tl.div_rn(w, divisor) for w in weights], weights, HARDWARE, True)
+    return tl.where(total == 0, 0, packed)
+
+
+@triton.jit
+def ratio_of(amax, outer):
+    """What the rule rounds to a block scale."""
+    return tl.minimum(tl.div_rn(tl.div_rn(amax, MAX_E2M1), outer), MAX_E4M3)
+
+
+@triton.jit
+def quick_rule(weights, outer, by_outer, HARDWARE: tl.constexpr):
+    """Scales and codes of the rule by reciprocals, and where they are right: nearly everywhere."""
+    amax = largest([tl.abs(w) for w in weights])
+    ratio = quotient(quotient(amax, MAX_E2M1, _SIXTH), outer, by_outer)
+    scale = encode_e4m3(ratio)
+    total = outer * decode_e4m3(scale)
+    high, low = two_part_reciprocal(total)
+    # The scale is rounded by at most a sixteenth: no weight reaches 7.
+    packed = pack_blocks([times(w, high, low) for w in weights], weights, HARDWARE, False)
+    right = (ratio >= _LEAST_NORMAL) & (ratio <= MAX_E4M3 + 0.5) & serves(total)
+    return scale, tl.where(amax == 0, 0, packed), right | (amax == 0)
+
+
+@triton.jit
+def rule_kernel(
     x,
     outer_source,
-    coherence,
     codes,
     block_scales,
     tensor_scale,
@@ -35,58 +99,70 @@ def quantize_kernel(
     coded_rows,
     coded_blocks,
     scale_rows,
-    scale_tiles,
-    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
     GIVEN: tl.constexpr,
-    SEARCH: tl.constexpr,
+    QUICK: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    """One tile of ROWS rows by 4 blocks, the width of a scale tile; ``scale_tiles`` of them cover a row."""
+    """BLOCKS blocks, neighbours among the swizzled scales, by the rule of amax."""
     # Backwards: the end of the matrix is what the pass over amax left in the L2 cache.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = tl.program_id(1)
-    first_row = (tile // scale_tiles) * ROWS
-    column_tile = tile % scale_tiles
+    outer = load_outer(outer_source, tensor_scale, tile == 0, GIVEN)
+    remain = True
+    if QUICK:
+        row, block, position = place_blocks(tile, tl.arange(0, BLOCKS), coded_blocks, BLOCKS)
+        weights = load_16(x, row, block * 16, batch_stride, row_stride, rows, columns)
+        scale, packed, right = quick_rule(weights, outer, reciprocal(outer), HARDWARE)
+        right = right & (outer >= _LEAST_OUTER) & (outer <= _MOST_OUTER)
+        remain = tl.min(right.to(tl.int32)) == 0
+        if not remain:
+            store_blocks(
+                codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows
+            )
+    if remain:
+        for first in range(0, BLOCKS, CHUNK):
+            place = place_blocks(tile, first + tl.arange(0, CHUNK), coded_blocks, BLOCKS)
+            few = load_16(x, place[0], place[1] * 16, batch_stride, row_stride, rows, columns)
+            ruled = encode_e4m3(ratio_of(largest([tl.abs(w) for w in few]), outer))
+            few = encode_blocks(few, ruled, outer, HARDWARE)
+            store_blocks(
+                codes, block_scales, few, ruled, place[0], place[1], place[2], coded_rows, coded_blocks, scale_rows
+            )
 
-    outer = tl.load(outer_source + batch)
-    if not GIVEN:
-        outer = tl.div_rn(outer.to(tl.float32, bitcast=True), MAX_E4M3 * MAX_E2M1)
-        outer = tl.where(outer == 0, 1.0, outer)
-    if tile == 0:
-        tl.store(tensor_scale + batch, outer)
 
-    row = first_row + tl.arange(0, ROWS)
-    column = column_tile * 64 + tl.arange(0, 64)
-    source = x + batch.to(tl.int64) * batch_stride + row.to(tl.int64)[:, None] * row_stride + column[None, :]
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    weights = split_blocks(widen(tl.load(source, inside, 0.0)), ROWS * 4)
+@triton.jit
+def search_kernel(
+    x,
+    outer_source,
+    codes,
+    block_scales,
+    tensor_scale,
+    coherence,
+    batch_stride,
+    row_stride,
+    rows,
+    columns,
+    coded_rows,
+    coded_blocks,
+    scale_rows,
+    BLOCKS: tl.constexpr,
+    GIVEN: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """BLOCKS blocks, neighbours among the swizzled scales, each with the scale that serves it best."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    outer = load_outer(outer_source, tensor_scale, tile == 0, GIVEN)
+    row, block, position = place_blocks(tile, tl.arange(0, BLOCKS), coded_blocks, BLOCKS)
+    weights = load_16(x, row, block * 16, batch_stride, row_stride, rows, columns)
     magnitudes = [tl.abs(w) for w in weights]
     amax = largest(magnitudes)
-    ratio = tl.minimum(tl.div_rn(tl.div_rn(amax, MAX_E2M1), outer), MAX_E4M3)
-    if SEARCH:
-        scale = best_scales(magnitudes, amax, ratio, outer, coherence, ROWS * 4)
-    else:
-        scale = encode_e4m3(ratio)
-
-    total = outer * decode_e4m3(scale)
-    divisor = tl.where(total == 0, 1.0, total)
-    y = [tl.div_rn(w, divisor) for w in weights]
-    low = pack_e2m1(y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7], HARDWARE)
-    high = pack_e2m1(y[8], y[9], y[10], y[11], y[12], y[13], y[14], y[15], HARDWARE)
-    packed = tl.where(total == 0, 0, low.to(tl.int64) | high.to(tl.int64) << 32)
-
-    index = tl.arange(0, ROWS * 4)
-    row = first_row + index // 4
-    block = column_tile * 4 + index % 4
-    place = codes + (batch.to(tl.int64) * coded_rows + row) * coded_blocks + block
-    tl.store(place, packed, (row < coded_rows) & (block < coded_blocks))
-    swizzled = (row // 128).to(tl.int64) * scale_tiles + column_tile
-    swizzled = swizzled * 512 + (row % 32) * 16 + ((row % 128) // 32) * 4 + index % 4
-    place = block_scales + batch.to(tl.int64) * scale_rows * (scale_tiles * 4) + swizzled
-    tl.store(place, scale.to(tl.uint8))
+    scale = best_scales(magnitudes, amax, ratio_of(amax, outer), outer, coherence, BLOCKS)
+    packed = encode_blocks(weights, scale, outer, HARDWARE)
+    store_blocks(codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows)
 
 
-INTERPRETED = not isinstance(quantize_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(rule_kernel, triton.JITFunction)
 """``TRITON_INTERPRET=1`` was set when this module was imported."""
 
 
@@ -99,7 +175,7 @@ def _cuda_refusal(x: Tensor) -> str | None:
 
 
 def _programs(x: Tensor, config: dict[str, int]) -> int:
-    return triton.cdiv(x.shape[-2], 128) * (128 // config["ROWS"]) * triton.cdiv(x.shape[-1], 64)
+    return triton.cdiv(x.shape[-2], 128) * triton.cdiv(x.shape[-1], 64) * (512 // config["BLOCKS"])
 
 
 def _refusal(x: Tensor, given_scale: Tensor | None, coherence: float | None) -> str | None:
@@ -136,14 +212,16 @@ def quantize_nvfp4(
     matrices = x if x.dim() == 3 else x[None]
     batch, rows, columns = matrices.shape
     config = _RULE if coherence is None else _SEARCH
+    given = given_scale is not None
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        quantize_kernel[_programs(x, config), batch](
+        tensors = (
             matrices,
-            amax_bits(matrices) if given_scale is None else given_scale.detach().contiguous(),
-            float(coherence or 0.0),
+            given_scale.detach().contiguous() if given else amax_bits(matrices),
             codes.view(torch.int64),
             block_scales.view(torch.uint8),
             tensor_scale,
+        )
+        sizes = (
             matrices.stride(0),
             matrices.stride(1),
             rows,
@@ -151,10 +229,11 @@ def quantize_nvfp4(
             codes.shape[-2],
             codes.shape[-1] // 8,
             block_scales.shape[-2],
-            block_scales.shape[-1] // 4,
-            GIVEN=given_scale is not None,
-            SEARCH=coherence is not None,
-            HARDWARE=_hardware(x),
-            enable_fp_fusion=False,
-            **config,
         )
+        grid = _programs(x, config), batch
+        fixed = dict(config, GIVEN=given, HARDWARE=_hardware(x), enable_fp_fusion=False)
+        if coherence is None:
+            chunk = config["BLOCKS"] if INTERPRETED else 32 * config["num_warps"]
+            rule_kernel[grid](*tensors, *sizes, CHUNK=chunk, QUICK=not INTERPRETED, **fixed)
+        else:
+            search_kernel[grid](*tensors, float(coherence), *sizes, **fixed)
