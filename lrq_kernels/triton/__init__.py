@@ -3,7 +3,8 @@
 import torch
 
 from lrq_kernels.dispatch import unavailable
-from lrq_kernels.triton import nvfp4
+from lrq_kernels.triton import mxfp8, nvfp4  # noqa: F401
+from lrq_kernels.triton.launch import INTERPRETED
 
-if not torch.cuda.is_available() and not nvfp4.INTERPRETED:
+if not torch.cuda.is_available() and not INTERPRETED:
     unavailable("triton", "no CUDA device")

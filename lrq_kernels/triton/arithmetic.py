@@ -14,6 +14,19 @@ def widen(x):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr, HARDWARE: tl.constexpr):
+    """``dtype`` of float32, ties to even."""
+    if HARDWARE:
+        return x.to(dtype)
+    if dtype == tl.bfloat16:
+        # The interpreter's own conversion does not round so.
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def largest(t):
     """Maximum of 16 tensors."""
     a = tl.maximum(tl.maximum(tl.maximum(t[0], t[1]), tl.maximum(t[2], t[3])), tl.maximum(t[4], t[5]))

@@ -1,9 +1,12 @@
-"""Blocks of weights in the order of their swizzled scales, a whole block in each thread."""
+"""Blocks of weights in the order of their swizzled scales.
+
+Matrices are the second dimension of the grid.
+"""
 
 import triton
 import triton.language as tl
 
-from lrq_kernels.triton.arithmetic import widen
+from lrq_kernels.triton.arithmetic import narrow, widen
 
 
 @triton.jit
@@ -60,3 +63,29 @@ def _load_8(x, left, FIRST: tl.constexpr):
     x2, x6 = tl.split(third)
     x3, x7 = tl.split(fourth)
     return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def store_scales(block_scales, position, scale, scale_rows, blocks):
+    place = block_scales + tl.program_id(1).to(tl.int64) * scale_rows * (tl.cdiv(blocks, 4) * 4) + position
+    tl.store(place, scale.to(tl.uint8))
+
+
+@triton.jit
+def load_scales(block_scales, position, scale_rows, blocks):
+    """Bytes of scales, int32."""
+    place = block_scales + tl.program_id(1).to(tl.int64) * scale_rows * (tl.cdiv(blocks, 4) * 4) + position
+    return tl.load(place).to(tl.int32)
+
+
+@triton.jit
+def store_values(out, values, row, column, rows, columns, HARDWARE: tl.constexpr):
+    """Neighbours of a row from ``column`` on, in the type of ``out``, which is contiguous."""
+    column = column[:, None] + tl.arange(0, values.shape[1])[None, :]
+    place = out + (tl.program_id(1).to(tl.int64) * rows + row)[:, None] * columns + column
+    tl.store(place, narrow(values, out.dtype.element_ty, HARDWARE), (row < rows)[:, None] & (column < columns))
+
+
+def programs(rows: int, columns: int, block: int, share: int) -> int:
+    """How many programs of ``share`` blocks cover a matrix."""
+    return triton.cdiv(rows, 128) * triton.cdiv(columns, 4 * block) * (512 // share)

@@ -84,3 +84,51 @@ def decode_e4m3(code):
     """Value of the E4M3 codes 0 to 126, float32."""
     normal = ((code + 960) << 20).to(tl.float32, bitcast=True)
     return tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal)
+
+
+@triton.jit
+def encode_signed_e4m3(y, HARDWARE: tl.constexpr):
+    """Code of the nearest E4M3 value, saturating, uint8."""
+    if HARDWARE:
+        return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    sign = (y.to(tl.int32, bitcast=True) >> 24) & 128
+    return (encode_e4m3(tl.minimum(tl.abs(y), MAX_E4M3)) | sign).to(tl.uint8)
+
+
+@triton.jit
+def decode_signed_e4m3(code, HARDWARE: tl.constexpr):
+    """Value of any of the 256 codes, uint8, as float32."""
+    if HARDWARE:
+        return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    code = code.to(tl.int32)
+    # The exponent's bias of 7 in place of 127; the product is exact.
+    value = ((code & 127) << 20 | (code & 128) << 24).to(tl.float32, bitcast=True) * 2.0**120
+    return tl.where((code & 127) == 127, float("nan"), value)
+
+
+@triton.jit
+def nearest_e4m3(magnitude):
+    """Nearest E4M3 value of non-negative values, saturating, float32."""
+    bounded = tl.minimum(magnitude, MAX_E4M3)
+    octave = (bounded.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    wide = tl.maximum(octave, 0.015625)
+    # The products are exact: fused or not.
+    return tl.fma(wide, -1048576.0, tl.fma(wide, 1048576.0, bounded))
+
+
+@triton.jit
+def decode_e2m1(code):
+    """Value of the low four bits, float32; the product is exact and makes subnormals normal."""
+    return ((code & 7) << 22 | (code & 8) << 28).to(tl.float32, bitcast=True) * 2.0**126
+
+
+@triton.jit
+def decode_e8m0(exponent):
+    """``2^(exponent - 127)`` for exponents from 0 to 254, int32."""
+    return tl.where(exponent > 0, exponent << 23, 0x400000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reciprocal_e8m0(exponent):
+    """``1/2^(exponent - 127)``: a product with it has the bits of the quotient."""
+    return decode_e8m0(254 - exponent)

@@ -1,7 +1,5 @@
 """NVFP4 in two passes: the amax of every matrix, unless the tensor scale is given; then scales and codes."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -10,8 +8,17 @@ from torch import Tensor
 from lrq_kernels.dispatch import kernel
 from lrq_kernels.triton.amax import amax_bits
 from lrq_kernels.triton.arithmetic import largest
-from lrq_kernels.triton.blocks import load_16, place_blocks
-from lrq_kernels.triton.minifloat import MAX_E2M1, MAX_E4M3, decode_e4m3, encode_e4m3, pack_e2m1
+from lrq_kernels.triton.blocks import load_16, load_scales, place_blocks, programs, store_scales, store_values
+from lrq_kernels.triton.launch import INTERPRETED, accepts, current, has_e4m3, matrices_of
+from lrq_kernels.triton.minifloat import (
+    MAX_E2M1,
+    MAX_E4M3,
+    decode_e2m1,
+    decode_e4m3,
+    decode_signed_e4m3,
+    encode_e4m3,
+    pack_e2m1,
+)
 from lrq_kernels.triton.quotient import quotient, reciprocal, serves, times, two_part_reciprocal
 from lrq_kernels.triton.search import best_scales
 
@@ -19,8 +26,7 @@ from lrq_kernels.triton.search import best_scales
 _RULE = {"BLOCKS": 128, "num_warps": 1}
 # One warp: blocks wait for the slowest of their program, and its vote takes no barrier.
 _SEARCH = {"BLOCKS": 32, "num_warps": 1}
-_MOST_PROGRAMS = 2**31 - 1
-_MOST_MATRICES = 65535
+_EXPAND = {"BLOCKS": 256, "num_warps": 4}
 _SIXTH = tl.constexpr(0.16666667163372040)
 # Of the blocks that may take reciprocals. With these no product of tensor and block scale leaves 2^-80 to 2^80.
 _LEAST_OUTER, _MOST_OUTER = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)
@@ -44,8 +50,7 @@ def store_blocks(codes, block_scales, packed, scale, row, block, position, coded
     batch = tl.program_id(1).to(tl.int64)
     place = codes + (batch * coded_rows + row) * coded_blocks + block
     tl.store(place, packed, (row < coded_rows) & (block < coded_blocks))
-    place = block_scales + batch * scale_rows * (tl.cdiv(coded_blocks, 4) * 4) + position
-    tl.store(place, scale.to(tl.uint8))
+    store_scales(block_scales, position, scale, scale_rows, coded_blocks)
 
 
 @triton.jit
@@ -162,34 +167,45 @@ def search_kernel(
     store_blocks(codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows)
 
 
-INTERPRETED = not isinstance(rule_kernel, triton.JITFunction)
-"""``TRITON_INTERPRET=1`` was set when this module was imported."""
+@triton.jit
+def expand_kernel(
+    codes,
+    block_scales,
+    tensor_scale,
+    out,
+    rows,
+    columns,
+    coded_rows,
+    coded_blocks,
+    scale_rows,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """Values of BLOCKS blocks; a thread takes WIDTH neighbours, whose codes are one integer."""
+    UNITS: tl.constexpr = 16 // WIDTH
+    index = tl.arange(0, BLOCKS * UNITS)
+    # A mask: of a remainder it would be known that neighbours are, and one thread would load them all.
+    unit = index & (UNITS - 1)
+    row, block, position = place_blocks(tl.program_id(0), index // UNITS, coded_blocks, BLOCKS)
+    batch = tl.program_id(1).to(tl.int64)
+    place = codes + (batch * coded_rows + row) * (coded_blocks * UNITS) + block * UNITS + unit
+    word = tl.load(place, (row < coded_rows) & (block < coded_blocks), 0).to(tl.int32)
+    scale = load_scales(block_scales, position, scale_rows, coded_blocks).to(tl.uint8)
+    total = tl.load(tensor_scale + batch) * decode_signed_e4m3(scale, HARDWARE)
+    # The even column is in the high nibble.
+    shift = 4 * (tl.arange(0, WIDTH) ^ 1)
+    values = decode_e2m1(word[:, None] >> shift[None, :]) * total[:, None]
+    store_values(out, values, row, block * 16 + unit * WIDTH, rows, columns, HARDWARE)
 
 
-def _cuda_refusal(x: Tensor) -> str | None:
-    if torch.version.hip is not None:
-        return "ROCm is not supported"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or later"
-    return None
+def _config(coherence: float | None) -> dict[str, int]:
+    # The interpreter takes as long for many blocks as for few.
+    return {"BLOCKS": 512} if INTERPRETED else _RULE if coherence is None else _SEARCH
 
 
-def _programs(x: Tensor, config: dict[str, int]) -> int:
-    return triton.cdiv(x.shape[-2], 128) * triton.cdiv(x.shape[-1], 64) * (512 // config["BLOCKS"])
-
-
-def _refusal(x: Tensor, given_scale: Tensor | None, coherence: float | None) -> str | None:
-    if x.device.type not in ("cuda", "cpu"):
-        return f"takes CUDA tensors, got one on {x.device}"
-    if x.device.type == "cpu" and not INTERPRETED:
-        return "takes CPU tensors only if TRITON_INTERPRET=1 was set before it was imported"
-    if given_scale is not None and given_scale.device != x.device:
-        return f"x is on {x.device}, but tensor_scale on {given_scale.device}"
-    if x.shape[:-2].numel() > _MOST_MATRICES:
-        return f"at most {_MOST_MATRICES} matrices, got {x.shape[0]}"
-    if _programs(x, _RULE if coherence is None else _SEARCH) > _MOST_PROGRAMS:
-        return f"matrix too large for one launch: {list(x.shape[-2:])}"
-    return _cuda_refusal(x) if x.is_cuda else None
+def _quantize_programs(x: Tensor, given_scale: Tensor | None, coherence: float | None) -> int:
+    return programs(*x.shape[-2:], 16, _config(coherence)["BLOCKS"])
 
 
 def _hardware(x: Tensor) -> bool:
@@ -197,7 +213,12 @@ def _hardware(x: Tensor) -> bool:
     return x.is_cuda and not INTERPRETED and torch.cuda.get_device_capability(x.device) >= (10, 0)
 
 
-@kernel("quantize_nvfp4", backend="triton", accepts=_refusal)
+def _chunk(config: dict[str, int]) -> int:
+    """Blocks that a program divides at a time."""
+    return config["BLOCKS"] if INTERPRETED else 32 * config["num_warps"]
+
+
+@kernel("quantize_nvfp4", backend="triton", accepts=accepts(_quantize_programs))
 def quantize_nvfp4(
     x: Tensor,
     given_scale: Tensor | None,
@@ -206,14 +227,11 @@ def quantize_nvfp4(
     block_scales: Tensor,
     tensor_scale: Tensor,
 ) -> None:
-    x = x.detach()
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    matrices = x if x.dim() == 3 else x[None]
+    matrices = matrices_of(x)
     batch, rows, columns = matrices.shape
-    config = _RULE if coherence is None else _SEARCH
+    config = _config(coherence)
     given = given_scale is not None
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with current(x):
         tensors = (
             matrices,
             given_scale.detach().contiguous() if given else amax_bits(matrices),
@@ -230,10 +248,45 @@ def quantize_nvfp4(
             codes.shape[-1] // 8,
             block_scales.shape[-2],
         )
-        grid = _programs(x, config), batch
+        grid = _quantize_programs(x, given_scale, coherence), batch
         fixed = dict(config, GIVEN=given, HARDWARE=_hardware(x), enable_fp_fusion=False)
         if coherence is None:
-            chunk = config["BLOCKS"] if INTERPRETED else 32 * config["num_warps"]
-            rule_kernel[grid](*tensors, *sizes, CHUNK=chunk, QUICK=not INTERPRETED, **fixed)
+            rule_kernel[grid](*tensors, *sizes, CHUNK=_chunk(config), QUICK=not INTERPRETED, **fixed)
         else:
             search_kernel[grid](*tensors, float(coherence), *sizes, **fixed)
+
+
+def _expand_programs(
+    codes: Tensor, block_scales: Tensor, tensor_scale: Tensor, rows: int, columns: int, dtype: torch.dtype
+) -> int:
+    return programs(rows, columns, 16, _EXPAND["BLOCKS"])
+
+
+@kernel("dequantize_nvfp4", backend="triton", accepts=accepts(_expand_programs))
+def dequantize_nvfp4(
+    codes: Tensor,
+    block_scales: Tensor,
+    tensor_scale: Tensor,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    out: Tensor,
+) -> None:
+    # 16 bytes a store.
+    width = 16 // dtype.itemsize
+    with current(codes):
+        expand_kernel[_expand_programs(codes, block_scales, tensor_scale, rows, columns, dtype), out.shape[:-2].numel()](
+            codes.contiguous().view({8: torch.int32, 4: torch.int16}[width]),
+            block_scales.contiguous().view(torch.uint8),
+            tensor_scale.detach().contiguous(),
+            out,
+            rows,
+            columns,
+            codes.shape[-2],
+            codes.shape[-1] // 8,
+            block_scales.shape[-2],
+            WIDTH=width,
+            HARDWARE=has_e4m3(codes),
+            enable_fp_fusion=False,
+            **_EXPAND,
+        )
