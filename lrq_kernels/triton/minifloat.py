@@ -25,7 +25,9 @@ _PAIRS = tl.constexpr(
 def nearest_e2m1(magnitude):
     """Nearest E2M1 value of non-negative values, saturating, float32."""
     a = tl.minimum(magnitude, MAX_E2M1)
-    magic = tl.where(a < 2, 4194304.0, tl.where(a < 4, 8388608.0, 16777216.0))
+    # 2^22 times the octave, or 2^22: its last place is the step of the grid.
+    octave = a.to(tl.int32, bitcast=True) & 0x7F800000
+    magic = tl.maximum(octave + 0x0B000000, 0x4A800000).to(tl.float32, bitcast=True)
     return (a + magic) - magic
 
 

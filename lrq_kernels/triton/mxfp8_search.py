@@ -9,7 +9,7 @@ import triton.language as tl
 
 from lrq_kernels.triton.arithmetic import largest, tree_sum
 from lrq_kernels.triton.minifloat import MAX_E4M3, decode_e8m0, nearest_e4m3, reciprocal_e8m0
-from lrq_kernels.triton.quotient import quotient, reciprocal
+from lrq_kernels.triton.quotient import exact_quotient, reciprocal
 
 LAST_EXPONENT = tl.constexpr(254)
 SLACK = tl.constexpr(0.999)
@@ -37,20 +37,13 @@ def _tree_sum_32(t):
 @triton.jit
 def _gain(magnitudes, amax, unit, coherence, FUSED: tl.constexpr):
     if FUSED:
-        # The bits of the division wherever the square does not vanish: the divisor lies in [224, 448], and after the
-        # first of two corrections the quotient is faithful (Markstein 1990).
+        # The bits of the division wherever the square does not vanish: the divisor lies in [224, 448].
         divisor = amax * unit
         inverse = reciprocal(divisor)
-        relative = [_corrected(m * unit, divisor, inverse) for m in magnitudes]
+        relative = [exact_quotient(m * unit, divisor, inverse) for m in magnitudes]
     else:
         relative = [tl.div_rn(m, amax) for m in magnitudes]
     return tl.div_rn(coherence, _tree_sum_32([r * r for r in relative]))
-
-
-@triton.jit
-def _corrected(dividend, divisor, inverse):
-    near = quotient(dividend, divisor, inverse)
-    return tl.fma(-tl.fma(near, divisor, -dividend), inverse, near)
 
 
 @triton.jit

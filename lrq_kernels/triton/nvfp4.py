@@ -20,7 +20,7 @@ from lrq_kernels.triton.minifloat import (
     pack_e2m1,
 )
 from lrq_kernels.triton.quotient import quotient, reciprocal, serves, times, two_part_reciprocal
-from lrq_kernels.triton.search import best_scales
+from lrq_kernels.triton.search import best_scales, may_fuse
 
 # One warp: the vote takes no barrier.
 _RULE = {"BLOCKS": 128, "num_warps": 1}
@@ -71,6 +71,14 @@ def encode_blocks(weights, scale, outer, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def encode_blocks_quickly(weights, scale, outer, HARDWARE: tl.constexpr):
+    """Codes at scales that reciprocals serve."""
+    high, low = two_part_reciprocal(outer * decode_e4m3(scale))
+    packed = pack_blocks([times(w, high, low) for w in weights], weights, HARDWARE, True)
+    return tl.where(scale == 0, 0, packed)
+
+
+@triton.jit
 def ratio_of(amax, outer):
     """What the rule rounds to a block scale."""
     return tl.minimum(tl.div_rn(tl.div_rn(amax, MAX_E2M1), outer), MAX_E4M3)
@@ -107,7 +115,7 @@ def rule_kernel(
     BLOCKS: tl.constexpr,
     CHUNK: tl.constexpr,
     GIVEN: tl.constexpr,
-    QUICK: tl.constexpr,
+    FUSED: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
     """BLOCKS blocks, neighbours among the swizzled scales, by the rule of amax."""
@@ -115,12 +123,11 @@ def rule_kernel(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     outer = load_outer(outer_source, tensor_scale, tile == 0, GIVEN)
     remain = True
-    if QUICK:
+    if FUSED:
         row, block, position = place_blocks(tile, tl.arange(0, BLOCKS), coded_blocks, BLOCKS)
         weights = load_16(x, row, block * 16, batch_stride, row_stride, rows, columns)
         scale, packed, right = quick_rule(weights, outer, reciprocal(outer), HARDWARE)
-        right = right & (outer >= _LEAST_OUTER) & (outer <= _MOST_OUTER)
-        remain = tl.min(right.to(tl.int32)) == 0
+        remain = (tl.min(right.to(tl.int32)) == 0) | (outer < _LEAST_OUTER) | (outer > _MOST_OUTER)
         if not remain:
             store_blocks(
                 codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows
@@ -153,6 +160,7 @@ def search_kernel(
     scale_rows,
     BLOCKS: tl.constexpr,
     GIVEN: tl.constexpr,
+    FUSED: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
     """BLOCKS blocks, neighbours among the swizzled scales, each with the scale that serves it best."""
@@ -162,8 +170,16 @@ def search_kernel(
     weights = load_16(x, row, block * 16, batch_stride, row_stride, rows, columns)
     magnitudes = [tl.abs(w) for w in weights]
     amax = largest(magnitudes)
-    scale = best_scales(magnitudes, amax, ratio_of(amax, outer), outer, coherence, BLOCKS)
-    packed = encode_blocks(weights, scale, outer, HARDWARE)
+    ratio = ratio_of(amax, outer)
+    fused = False
+    if FUSED:
+        fused = may_fuse(outer, amax)
+    if fused:
+        scale = best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS, FUSED)
+        packed = encode_blocks_quickly(weights, scale, outer, HARDWARE)
+    else:
+        scale = best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS, False)
+        packed = encode_blocks(weights, scale, outer, HARDWARE)
     store_blocks(codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows)
 
 
@@ -249,9 +265,9 @@ def quantize_nvfp4(
             block_scales.shape[-2],
         )
         grid = _quantize_programs(x, given_scale, coherence), batch
-        fixed = dict(config, GIVEN=given, HARDWARE=_hardware(x), enable_fp_fusion=False)
+        fixed = dict(config, GIVEN=given, FUSED=not INTERPRETED, HARDWARE=_hardware(x), enable_fp_fusion=False)
         if coherence is None:
-            rule_kernel[grid](*tensors, *sizes, CHUNK=_chunk(config), QUICK=not INTERPRETED, **fixed)
+            rule_kernel[grid](*tensors, *sizes, CHUNK=_chunk(config), **fixed)
         else:
             search_kernel[grid](*tensors, float(coherence), *sizes, **fixed)
 

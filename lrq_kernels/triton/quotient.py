@@ -24,6 +24,13 @@ def quotient(dividend, divisor, inverse):
 
 
 @triton.jit
+def exact_quotient(dividend, divisor, inverse):
+    """dividend/divisor, correctly rounded: the first correction makes it faithful, the second exact."""
+    near = quotient(dividend, divisor, inverse)
+    return tl.fma(-tl.fma(near, divisor, -dividend), inverse, near)
+
+
+@triton.jit
 def serves(divisor):
     """Whether a reciprocal in two parts may be used, of a divisor between 2^-80 and 2^80: only one mantissa fails."""
     return (divisor.to(tl.int32, bitcast=True) & 0x7FFFFF) != 0x7FFFFF
