@@ -15,9 +15,8 @@ def place_blocks(tile, index, blocks, SHARE: tl.constexpr):
     column_tiles = tl.cdiv(blocks, 4)
     part = tile // column_tiles
     column_tile = tile - part * column_tiles
-    SHARES: tl.constexpr = 512 // SHARE
-    tile_row = part // SHARES
-    place = (part & (SHARES - 1)) * SHARE + index
+    tile_row = part // (512 // SHARE)
+    place = (part & (512 // SHARE - 1)) * SHARE + index
     # Shifts and masks: divisions of signed numbers take more.
     row = tile_row * 128 + (place >> 4) + ((place & 12) << 3)
     return row, column_tile * 4 + (place & 3), (tile_row.to(tl.int64) * column_tiles + column_tile) * 512 + place

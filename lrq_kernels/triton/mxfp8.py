@@ -102,10 +102,10 @@ def expand_kernel(
     HARDWARE: tl.constexpr,
 ):
     """Values of BLOCKS blocks; a thread takes WIDTH neighbours."""
-    UNITS: tl.constexpr = 32 // WIDTH
-    index = tl.arange(0, BLOCKS * UNITS)
-    row, block, position = place_blocks(tl.program_id(0), index // UNITS, coded_blocks, BLOCKS)
-    column = block * 32 + index % UNITS * WIDTH
+    units: tl.constexpr = 32 // WIDTH
+    index = tl.arange(0, BLOCKS * units)
+    row, block, position = place_blocks(tl.program_id(0), index // units, coded_blocks, BLOCKS)
+    column = block * 32 + index % units * WIDTH
     place = codes + (tl.program_id(1).to(tl.int64) * coded_rows + row) * (coded_blocks * 32) + column
     inside = (row < coded_rows) & (block < coded_blocks)
     code = tl.load(place[:, None] + tl.arange(0, WIDTH)[None, :], inside[:, None], 0)
@@ -146,8 +146,9 @@ def _expand_programs(codes: Tensor, block_scales: Tensor, rows: int, columns: in
 def dequantize_mxfp8(
     codes: Tensor, block_scales: Tensor, rows: int, columns: int, dtype: torch.dtype, out: Tensor
 ) -> None:
+    grid = programs(rows, columns, 32, _EXPAND["BLOCKS"]), out.shape[:-2].numel()
     with current(codes):
-        expand_kernel[_expand_programs(codes, block_scales, rows, columns, dtype), out.shape[:-2].numel()](
+        expand_kernel[grid](
             codes.contiguous().view(torch.uint8),
             block_scales.contiguous(),
             out,

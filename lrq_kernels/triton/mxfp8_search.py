@@ -30,7 +30,7 @@ def ruled_exponent(amax):
 def _tree_sum_32(t):
     halves = (t[0] + t[16],)
     for i in tl.static_range(1, 16):
-        halves = halves + (t[i] + t[i + 16],)
+        halves += (t[i] + t[i + 16],)
     return tree_sum(halves)
 
 
@@ -48,7 +48,7 @@ def _gain(magnitudes, amax, unit, coherence, FUSED: tl.constexpr):
 
 @triton.jit
 def _first_coarser(magnitudes):
-    """The first code whose grid is coarser than that of the code before at the smallest weight but zeros; 0: unknown."""
+    """The first code whose grid is coarser than that of the code before at the smallest weight but 0; 0: unknown."""
     # Zero becomes the largest.
     least = magnitudes[0].to(tl.uint32, bitcast=True) - 1
     for i in tl.static_range(1, 32):

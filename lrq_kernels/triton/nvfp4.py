@@ -129,9 +129,7 @@ def rule_kernel(
         scale, packed, right = quick_rule(weights, outer, reciprocal(outer), HARDWARE)
         remain = (tl.min(right.to(tl.int32)) == 0) | (outer < _LEAST_OUTER) | (outer > _MOST_OUTER)
         if not remain:
-            store_blocks(
-                codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows
-            )
+            store_blocks(codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows)
     if remain:
         for first in range(0, BLOCKS, CHUNK):
             place = place_blocks(tile, first + tl.arange(0, CHUNK), coded_blocks, BLOCKS)
@@ -199,13 +197,13 @@ def expand_kernel(
     HARDWARE: tl.constexpr,
 ):
     """Values of BLOCKS blocks; a thread takes WIDTH neighbours, whose codes are one integer."""
-    UNITS: tl.constexpr = 16 // WIDTH
-    index = tl.arange(0, BLOCKS * UNITS)
+    units: tl.constexpr = 16 // WIDTH
+    index = tl.arange(0, BLOCKS * units)
     # A mask: of a remainder it would be known that neighbours are, and one thread would load them all.
-    unit = index & (UNITS - 1)
-    row, block, position = place_blocks(tl.program_id(0), index // UNITS, coded_blocks, BLOCKS)
+    unit = index & (units - 1)
+    row, block, position = place_blocks(tl.program_id(0), index // units, coded_blocks, BLOCKS)
     batch = tl.program_id(1).to(tl.int64)
-    place = codes + (batch * coded_rows + row) * (coded_blocks * UNITS) + block * UNITS + unit
+    place = codes + (batch * coded_rows + row) * (coded_blocks * units) + block * units + unit
     word = tl.load(place, (row < coded_rows) & (block < coded_blocks), 0).to(tl.int32)
     scale = load_scales(block_scales, position, scale_rows, coded_blocks).to(tl.uint8)
     total = tl.load(tensor_scale + batch) * decode_signed_e4m3(scale, HARDWARE)
@@ -291,7 +289,9 @@ def dequantize_nvfp4(
     # 16 bytes a store.
     width = 16 // dtype.itemsize
     with current(codes):
-        expand_kernel[_expand_programs(codes, block_scales, tensor_scale, rows, columns, dtype), out.shape[:-2].numel()](
+        expand_kernel[
+            _expand_programs(codes, block_scales, tensor_scale, rows, columns, dtype), out.shape[:-2].numel()
+        ](
             codes.contiguous().view({8: torch.int32, 4: torch.int16}[width]),
             block_scales.contiguous().view(torch.uint8),
             tensor_scale.detach().contiguous(),

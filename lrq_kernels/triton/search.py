@@ -33,9 +33,7 @@ def _visit(magnitudes, scale, ratio, gain, FUSED: tl.constexpr):
     if FUSED:
         inverse, rest = two_part_reciprocal(scale)
         errors = [nearest_e2m1(times(m, inverse, rest)) - m * inverse for m in magnitudes]
-        along = tree_sum(
-            [(nearest_e2m1(times(m, inverse, rest)) - m * inverse) * (m * inverse) for m in magnitudes]
-        )
+        along = tree_sum([(nearest_e2m1(times(m, inverse, rest)) - m * inverse) * (m * inverse) for m in magnitudes])
     else:
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
         errors = [nearest_e2m1(tl.div_rn(m, scale)) - m * inverse for m in magnitudes]
