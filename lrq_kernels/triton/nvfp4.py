@@ -10,16 +10,16 @@ from lrq_kernels.triton.amax import amax_bits
 from lrq_kernels.triton.arithmetic import largest
 from lrq_kernels.triton.blocks import load_16, load_scales, place_blocks, programs, store_scales, store_values
 from lrq_kernels.triton.launch import INTERPRETED, accepts, current, has_e4m3, matrices_of
-from lrq_kernels.triton.minifloat import (
-    MAX_E2M1,
-    MAX_E4M3,
-    decode_e2m1,
-    decode_e4m3,
-    decode_signed_e4m3,
-    encode_e4m3,
-    pack_e2m1,
+from lrq_kernels.triton.minifloat import MAX_E2M1, MAX_E4M3, decode_e2m1, decode_signed_e4m3, encode_e4m3
+from lrq_kernels.triton.nvfp4_rule import (
+    LEAST_OUTER,
+    MOST_OUTER,
+    encode_blocks,
+    encode_blocks_quickly,
+    quick_rule,
+    ratio_of,
 )
-from lrq_kernels.triton.quotient import quotient, reciprocal, serves, times, two_part_reciprocal
+from lrq_kernels.triton.quotient import reciprocal
 from lrq_kernels.triton.search import best_scales, may_fuse
 
 # One warp: the vote takes no barrier.
@@ -27,10 +27,6 @@ _RULE = {"BLOCKS": 128, "num_warps": 1}
 # One warp: blocks wait for the slowest of their program, and its vote takes no barrier.
 _SEARCH = {"BLOCKS": 32, "num_warps": 1}
 _EXPAND = {"BLOCKS": 256, "num_warps": 4}
-_SIXTH = tl.constexpr(0.16666667163372040)
-# Of the blocks that may take reciprocals. With these no product of tensor and block scale leaves 2^-80 to 2^80.
-_LEAST_OUTER, _MOST_OUTER = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)
-_LEAST_NORMAL = tl.constexpr(0.015625)
 
 
 @triton.jit
@@ -51,51 +47,6 @@ def store_blocks(codes, block_scales, packed, scale, row, block, position, coded
     place = codes + (batch * coded_rows + row) * coded_blocks + block
     tl.store(place, packed, (row < coded_rows) & (block < coded_blocks))
     store_scales(block_scales, position, scale, scale_rows, coded_blocks)
-
-
-@triton.jit
-def pack_blocks(y, w, HARDWARE: tl.constexpr, SATURATE: tl.constexpr):
-    """Codes of the 16 columns of blocks, int64."""
-    low = pack_e2m1(y[:8], w[:8], HARDWARE, SATURATE)
-    high = pack_e2m1(y[8:], w[8:], HARDWARE, SATURATE)
-    return low.to(tl.int64) | high.to(tl.int64) << 32
-
-
-@triton.jit
-def encode_blocks(weights, scale, outer, HARDWARE: tl.constexpr):
-    """Codes at any scale."""
-    total = outer * decode_e4m3(scale)
-    divisor = tl.where(total == 0, 1.0, total)
-    packed = pack_blocks([tl.div_rn(w, divisor) for w in weights], weights, HARDWARE, True)
-    return tl.where(total == 0, 0, packed)
-
-
-@triton.jit
-def encode_blocks_quickly(weights, scale, outer, HARDWARE: tl.constexpr):
-    """Codes at scales that reciprocals serve."""
-    high, low = two_part_reciprocal(outer * decode_e4m3(scale))
-    packed = pack_blocks([times(w, high, low) for w in weights], weights, HARDWARE, True)
-    return tl.where(scale == 0, 0, packed)
-
-
-@triton.jit
-def ratio_of(amax, outer):
-    """What the rule rounds to a block scale."""
-    return tl.minimum(tl.div_rn(tl.div_rn(amax, MAX_E2M1), outer), MAX_E4M3)
-
-
-@triton.jit
-def quick_rule(weights, outer, by_outer, HARDWARE: tl.constexpr):
-    """Scales and codes of the rule by reciprocals, and where they are right: nearly everywhere."""
-    amax = largest([tl.abs(w) for w in weights])
-    ratio = quotient(quotient(amax, MAX_E2M1, _SIXTH), outer, by_outer)
-    scale = encode_e4m3(ratio)
-    total = outer * decode_e4m3(scale)
-    high, low = two_part_reciprocal(total)
-    # The scale is rounded by at most a sixteenth: no weight reaches 7.
-    packed = pack_blocks([times(w, high, low) for w in weights], weights, HARDWARE, False)
-    right = (ratio >= _LEAST_NORMAL) & (ratio <= MAX_E4M3 + 0.5) & serves(total)
-    return scale, tl.where(amax == 0, 0, packed), right | (amax == 0)
 
 
 @triton.jit
@@ -127,7 +78,7 @@ def rule_kernel(
         row, block, position = place_blocks(tile, tl.arange(0, BLOCKS), coded_blocks, BLOCKS)
         weights = load_16(x, row, block * 16, batch_stride, row_stride, rows, columns)
         scale, packed, right = quick_rule(weights, outer, reciprocal(outer), HARDWARE)
-        remain = (tl.min(right.to(tl.int32)) == 0) | (outer < _LEAST_OUTER) | (outer > _MOST_OUTER)
+        remain = (tl.min(right.to(tl.int32)) == 0) | (outer < LEAST_OUTER) | (outer > MOST_OUTER)
         if not remain:
             store_blocks(codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows)
     if remain:
