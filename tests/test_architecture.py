@@ -136,9 +136,10 @@ def test_backends_share_their_file_names() -> None:
         present = {path.stem for path in (ROOT / "lrq_kernels" / folder).glob("*.py")}
         assert set(OPERATIONS.values()) <= present, folder
     for folder in ("lrq_kernels/triton", "csrc/cpu", "csrc/cuda"):
-        kernels = {path.stem for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".cpp", ".cu")}
-        shared = {"__init__", "arithmetic", "minifloat", "search", "rows", "launch", "codec", "scaled", "unscaled"}
-        unknown = kernels - set(OPERATIONS.values()) - shared
+        files = [path for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".cpp", ".cu")]
+        # What kernels share lies in headers, or in modules that register none.
+        kernels = {path.stem for path in files if path.suffix != ".py" or "@kernel(" in path.read_text()}
+        unknown = kernels - set(OPERATIONS.values()) - {"rows"}
         assert not unknown, f"{folder}: {unknown} are named after no operation's file"
 
 

@@ -44,25 +44,3 @@ def tree_sum(t):
     a = ((t[0] + t[8]) + (t[4] + t[12])) + ((t[2] + t[10]) + (t[6] + t[14]))
     b = ((t[1] + t[9]) + (t[5] + t[13])) + ((t[3] + t[11]) + (t[7] + t[15]))
     return a + b
-
-
-@triton.jit
-def split_blocks(x, BLOCKS: tl.constexpr):
-    """The 16 columns of BLOCKS blocks, each a tensor [BLOCKS]: a thread holds whole blocks, no sum crosses threads."""
-    x = tl.permute(tl.reshape(x, (BLOCKS, 2, 2, 2, 2)), (0, 4, 3, 2, 1))
-    a, b = tl.split(x)
-    aa, ab = tl.split(a)
-    ba, bb = tl.split(b)
-    x0, x1, x2, x3 = _quarters(aa)
-    x4, x5, x6, x7 = _quarters(ab)
-    x8, x9, x10, x11 = _quarters(ba)
-    x12, x13, x14, x15 = _quarters(bb)
-    return x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15
-
-
-@triton.jit
-def _quarters(x):
-    a, b = tl.split(x)
-    x0, x1 = tl.split(a)
-    x2, x3 = tl.split(b)
-    return x0, x1, x2, x3

@@ -7,7 +7,8 @@ HARDWARE, where the GPU converts E4M3.
 import triton
 import triton.language as tl
 
-from lrq_kernels.triton.minifloat import MAX_E4M3, encode_e4m3
+from lrq_kernels.triton.minifloat import MAX_E4M3, decode_signed_e4m3, encode_signed_e4m3
+from lrq_kernels.triton.quotient import quotient
 
 MAX_INT8 = tl.constexpr(127.0)
 _ROUNDS = tl.constexpr(1.5 * 2.0**23)
@@ -18,8 +19,8 @@ def scale_of(amax, TENSOR: tl.constexpr, FP8: tl.constexpr):
     """The scale of weights up to ``amax``."""
     if FP8:
         if TENSOR:
-            quotient = tl.div_rn(amax, MAX_E4M3)
-            return tl.where(quotient == 0, 1.0, quotient)
+            scale = tl.div_rn(amax, MAX_E4M3)
+            return tl.where(scale == 0, 1.0, scale)
         else:
             return tl.div_rn(tl.maximum(amax, 1e-12), MAX_E4M3)
     else:
@@ -35,11 +36,7 @@ def _bounded(values, bound):
 def _codes(y, FP8: tl.constexpr, HARDWARE: tl.constexpr):
     """Codes of values that round to 127 at most if they are for INT8."""
     if FP8:
-        if HARDWARE:
-            codes = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        else:
-            sign = (y.to(tl.int32, bitcast=True) >> 24) & 128
-            codes = (encode_e4m3(tl.minimum(tl.abs(y), MAX_E4M3)) | sign).to(tl.uint8)
+        codes = encode_signed_e4m3(y, HARDWARE)
     else:
         # The sum has 1 as its last place: adding rounds, and the low bits are the integer.
         codes = (y + _ROUNDS).to(tl.int32, bitcast=True).to(tl.uint8)
@@ -47,16 +44,9 @@ def _codes(y, FP8: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def _quotient(dividend, divisor, reciprocal):
-    """csrc/quotient.h: on the same side of every tie as the correctly rounded quotient; -0 stays -0."""
-    near = dividend * reciprocal
-    return tl.fma(-tl.fma(near, divisor, -dividend), reciprocal, near)
-
-
-@triton.jit
 def _exact(values, scale, FP8: tl.constexpr, HARDWARE: tl.constexpr):
-    quotient = tl.div_rn(values, scale + tl.zeros_like(values))
-    return _codes(_bounded(quotient, MAX_E4M3 if FP8 else MAX_INT8), FP8, HARDWARE)
+    y = tl.div_rn(values, scale + tl.zeros_like(values))
+    return _codes(_bounded(y, MAX_E4M3 if FP8 else MAX_INT8), FP8, HARDWARE)
 
 
 @triton.jit
@@ -75,7 +65,7 @@ def encode(values, scale, parts, FP8: tl.constexpr, FUSED: tl.constexpr, HARDWAR
     """
     if FUSED:
         unit, divisor, reciprocal = parts
-        codes = _codes(_quotient(values * unit, divisor, reciprocal), FP8, HARDWARE)
+        codes = _codes(quotient(values * unit, divisor, reciprocal), FP8, HARDWARE)
     else:
         codes = _exact(values, scale, FP8, HARDWARE)
     return codes
@@ -97,14 +87,7 @@ def encode_by_given(values, scale, FP8: tl.constexpr, FUSED: tl.constexpr, HARDW
 def decode(codes, FP8: tl.constexpr, HARDWARE: tl.constexpr):
     """Values of codes (uint8), float32."""
     if FP8:
-        if HARDWARE:
-            values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        else:
-            code = codes.to(tl.int32)
-            # The exponent's bias of 7 in place of 127; the product is exact.
-            bits = (code & 127) << 20 | (code & 128) << 24
-            values = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
-            values = tl.where((code & 127) == 127, float("nan"), values)
+        values = decode_signed_e4m3(codes, HARDWARE)
     else:
         values = codes.to(tl.int8, bitcast=True).to(tl.float32)
     return values

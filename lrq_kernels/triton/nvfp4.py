@@ -7,21 +7,52 @@ from torch import Tensor
 
 from lrq_kernels.dispatch import kernel
 from lrq_kernels.triton.amax import amax_bits
-from lrq_kernels.triton.arithmetic import largest, split_blocks, widen
-from lrq_kernels.triton.launch import INTERPRETED, MOST_PROGRAMS, current, refusal
-from lrq_kernels.triton.minifloat import MAX_E2M1, MAX_E4M3, decode_e4m3, encode_e4m3, pack_e2m1
-from lrq_kernels.triton.search import best_scales
+from lrq_kernels.triton.arithmetic import largest
+from lrq_kernels.triton.blocks import load_16, load_scales, place_blocks, programs, store_scales, store_values
+from lrq_kernels.triton.launch import INTERPRETED, accepts, current, has_e4m3, matrices_of
+from lrq_kernels.triton.minifloat import MAX_E2M1, MAX_E4M3, decode_e2m1, decode_signed_e4m3, encode_e4m3
+from lrq_kernels.triton.nvfp4_rule import (
+    LEAST_OUTER,
+    MOST_OUTER,
+    encode_blocks,
+    encode_blocks_quickly,
+    quick_rule,
+    ratio_of,
+)
+from lrq_kernels.triton.quotient import reciprocal
+from lrq_kernels.triton.search import best_scales, may_fuse
 
-_RULE = {"ROWS": 128, "num_warps": 8}
+# One warp: the vote takes no barrier.
+_RULE = {"BLOCKS": 128, "num_warps": 1}
 # One warp: blocks wait for the slowest of their program, and its vote takes no barrier.
-_SEARCH = {"ROWS": 8, "num_warps": 1}
+_SEARCH = {"BLOCKS": 32, "num_warps": 1}
+_EXPAND = {"BLOCKS": 256, "num_warps": 4}
 
 
 @triton.jit
-def quantize_kernel(
+def load_outer(outer_source, tensor_scale, first, GIVEN: tl.constexpr):
+    """The tensor scale of this program's matrix; the ``first`` program of the matrix stores it."""
+    outer = tl.load(outer_source + tl.program_id(1))
+    if not GIVEN:
+        outer = tl.div_rn(outer.to(tl.float32, bitcast=True), MAX_E4M3 * MAX_E2M1)
+        outer = tl.where(outer == 0, 1.0, outer)
+    if first:
+        tl.store(tensor_scale + tl.program_id(1), outer)
+    return outer
+
+
+@triton.jit
+def store_blocks(codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows):
+    batch = tl.program_id(1).to(tl.int64)
+    place = codes + (batch * coded_rows + row) * coded_blocks + block
+    tl.store(place, packed, (row < coded_rows) & (block < coded_blocks))
+    store_scales(block_scales, position, scale, scale_rows, coded_blocks)
+
+
+@triton.jit
+def rule_kernel(
     x,
     outer_source,
-    coherence,
     codes,
     block_scales,
     tensor_scale,
@@ -32,66 +63,114 @@ def quantize_kernel(
     coded_rows,
     coded_blocks,
     scale_rows,
-    scale_tiles,
-    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
     GIVEN: tl.constexpr,
-    SEARCH: tl.constexpr,
+    FUSED: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    """One tile of ROWS rows by 4 blocks, the width of a scale tile; ``scale_tiles`` of them cover a row."""
+    """BLOCKS blocks, neighbours among the swizzled scales, by the rule of amax."""
     # Backwards: the end of the matrix is what the pass over amax left in the L2 cache.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = tl.program_id(1)
-    first_row = (tile // scale_tiles) * ROWS
-    column_tile = tile % scale_tiles
+    outer = load_outer(outer_source, tensor_scale, tile == 0, GIVEN)
+    remain = True
+    if FUSED:
+        row, block, position = place_blocks(tile, tl.arange(0, BLOCKS), coded_blocks, BLOCKS)
+        weights = load_16(x, row, block * 16, batch_stride, row_stride, rows, columns)
+        scale, packed, right = quick_rule(weights, outer, reciprocal(outer), HARDWARE)
+        remain = (tl.min(right.to(tl.int32)) == 0) | (outer < LEAST_OUTER) | (outer > MOST_OUTER)
+        if not remain:
+            store_blocks(codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows)
+    if remain:
+        for first in range(0, BLOCKS, CHUNK):
+            place = place_blocks(tile, first + tl.arange(0, CHUNK), coded_blocks, BLOCKS)
+            few = load_16(x, place[0], place[1] * 16, batch_stride, row_stride, rows, columns)
+            ruled = encode_e4m3(ratio_of(largest([tl.abs(w) for w in few]), outer))
+            few = encode_blocks(few, ruled, outer, HARDWARE)
+            store_blocks(
+                codes, block_scales, few, ruled, place[0], place[1], place[2], coded_rows, coded_blocks, scale_rows
+            )
 
-    outer = tl.load(outer_source + batch)
-    if not GIVEN:
-        outer = tl.div_rn(outer.to(tl.float32, bitcast=True), MAX_E4M3 * MAX_E2M1)
-        outer = tl.where(outer == 0, 1.0, outer)
-    if tile == 0:
-        tl.store(tensor_scale + batch, outer)
 
-    row = first_row + tl.arange(0, ROWS)
-    column = column_tile * 64 + tl.arange(0, 64)
-    source = x + batch.to(tl.int64) * batch_stride + row.to(tl.int64)[:, None] * row_stride + column[None, :]
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    weights = split_blocks(widen(tl.load(source, inside, 0.0)), ROWS * 4)
+@triton.jit
+def search_kernel(
+    x,
+    outer_source,
+    codes,
+    block_scales,
+    tensor_scale,
+    coherence,
+    batch_stride,
+    row_stride,
+    rows,
+    columns,
+    coded_rows,
+    coded_blocks,
+    scale_rows,
+    BLOCKS: tl.constexpr,
+    GIVEN: tl.constexpr,
+    FUSED: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """BLOCKS blocks, neighbours among the swizzled scales, each with the scale that serves it best."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    outer = load_outer(outer_source, tensor_scale, tile == 0, GIVEN)
+    row, block, position = place_blocks(tile, tl.arange(0, BLOCKS), coded_blocks, BLOCKS)
+    weights = load_16(x, row, block * 16, batch_stride, row_stride, rows, columns)
     magnitudes = [tl.abs(w) for w in weights]
     amax = largest(magnitudes)
-    ratio = tl.minimum(tl.div_rn(tl.div_rn(amax, MAX_E2M1), outer), MAX_E4M3)
-    if SEARCH:
-        scale = best_scales(magnitudes, amax, ratio, outer, coherence, ROWS * 4)
+    ratio = ratio_of(amax, outer)
+    fused = False
+    if FUSED:
+        fused = may_fuse(outer)
+    if fused:
+        scale = best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS, FUSED)
+        packed = encode_blocks_quickly(weights, scale, outer, HARDWARE)
     else:
-        scale = encode_e4m3(ratio)
-
-    total = outer * decode_e4m3(scale)
-    divisor = tl.where(total == 0, 1.0, total)
-    y = [tl.div_rn(w, divisor) for w in weights]
-    low = pack_e2m1(y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7], HARDWARE)
-    high = pack_e2m1(y[8], y[9], y[10], y[11], y[12], y[13], y[14], y[15], HARDWARE)
-    packed = tl.where(total == 0, 0, low.to(tl.int64) | high.to(tl.int64) << 32)
-
-    index = tl.arange(0, ROWS * 4)
-    row = first_row + index // 4
-    block = column_tile * 4 + index % 4
-    place = codes + (batch.to(tl.int64) * coded_rows + row) * coded_blocks + block
-    tl.store(place, packed, (row < coded_rows) & (block < coded_blocks))
-    swizzled = (row // 128).to(tl.int64) * scale_tiles + column_tile
-    swizzled = swizzled * 512 + (row % 32) * 16 + ((row % 128) // 32) * 4 + index % 4
-    place = block_scales + batch.to(tl.int64) * scale_rows * (scale_tiles * 4) + swizzled
-    tl.store(place, scale.to(tl.uint8))
+        scale = best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS, False)
+        packed = encode_blocks(weights, scale, outer, HARDWARE)
+    store_blocks(codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows)
 
 
-def _programs(x: Tensor, config: dict[str, int]) -> int:
-    return triton.cdiv(x.shape[-2], 128) * (128 // config["ROWS"]) * triton.cdiv(x.shape[-1], 64)
+@triton.jit
+def expand_kernel(
+    codes,
+    block_scales,
+    tensor_scale,
+    out,
+    rows,
+    columns,
+    coded_rows,
+    coded_blocks,
+    scale_rows,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """Values of BLOCKS blocks; a thread takes WIDTH neighbours, whose codes are one integer."""
+    units: tl.constexpr = 16 // WIDTH
+    index = tl.arange(0, BLOCKS * units)
+    # A mask: of a remainder it would be known that neighbours are, and one thread would load them all.
+    unit = index & (units - 1)
+    row, block, position = place_blocks(tl.program_id(0), index // units, coded_blocks, BLOCKS)
+    batch = tl.program_id(1).to(tl.int64)
+    place = codes + (batch * coded_rows + row) * (coded_blocks * units) + block * units + unit
+    word = tl.load(place, (row < coded_rows) & (block < coded_blocks), 0).to(tl.int32)
+    scale = load_scales(block_scales, position, scale_rows, coded_blocks).to(tl.uint8)
+    total = tl.load(tensor_scale + batch) * decode_signed_e4m3(scale, HARDWARE)
+    # The even column is in the high nibble.
+    shift = 4 * (tl.arange(0, WIDTH) ^ 1)
+    values = decode_e2m1(word[:, None] >> shift[None, :]) * total[:, None]
+    store_values(out, values, row, block * 16 + unit * WIDTH, rows, columns)
 
 
-def _refusal(x: Tensor, given_scale: Tensor | None, coherence: float | None) -> str | None:
-    reason = refusal(x, given_scale)
-    if reason is None and _programs(x, _RULE if coherence is None else _SEARCH) > MOST_PROGRAMS:
-        reason = f"matrix too large for one launch: {list(x.shape[-2:])}"
-    return reason
+def _config(coherence: float | None) -> dict[str, int]:
+    # The interpreter takes as long for many blocks as for few.
+    return {"BLOCKS": 512} if INTERPRETED else _RULE if coherence is None else _SEARCH
+
+
+def _quantize_programs(x: Tensor, given_scale: Tensor | None, coherence: float | None) -> int:
+    return programs(*x.shape[-2:], 16, _config(coherence)["BLOCKS"])
 
 
 def _hardware(x: Tensor) -> bool:
@@ -99,7 +178,12 @@ def _hardware(x: Tensor) -> bool:
     return x.is_cuda and not INTERPRETED and torch.cuda.get_device_capability(x.device) >= (10, 0)
 
 
-@kernel("quantize_nvfp4", backend="triton", accepts=_refusal)
+def _chunk(config: dict[str, int]) -> int:
+    """Blocks that a program divides at a time."""
+    return config["BLOCKS"] if INTERPRETED else 32 * config["num_warps"]
+
+
+@kernel("quantize_nvfp4", backend="triton", accepts=accepts(_quantize_programs))
 def quantize_nvfp4(
     x: Tensor,
     given_scale: Tensor | None,
@@ -108,20 +192,19 @@ def quantize_nvfp4(
     block_scales: Tensor,
     tensor_scale: Tensor,
 ) -> None:
-    x = x.detach()
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    matrices = x if x.dim() == 3 else x[None]
+    matrices = matrices_of(x)
     batch, rows, columns = matrices.shape
-    config = _RULE if coherence is None else _SEARCH
+    config = _config(coherence)
+    given = given_scale is not None
     with current(x):
-        quantize_kernel[_programs(x, config), batch](
+        tensors = (
             matrices,
-            amax_bits(matrices) if given_scale is None else given_scale.detach().contiguous(),
-            float(coherence or 0.0),
+            given_scale.detach().contiguous() if given else amax_bits(matrices),
             codes.view(torch.int64),
             block_scales.view(torch.uint8),
             tensor_scale,
+        )
+        sizes = (
             matrices.stride(0),
             matrices.stride(1),
             rows,
@@ -129,10 +212,48 @@ def quantize_nvfp4(
             codes.shape[-2],
             codes.shape[-1] // 8,
             block_scales.shape[-2],
-            block_scales.shape[-1] // 4,
-            GIVEN=given_scale is not None,
-            SEARCH=coherence is not None,
-            HARDWARE=_hardware(x),
+        )
+        grid = _quantize_programs(x, given_scale, coherence), batch
+        fixed = dict(config, GIVEN=given, FUSED=not INTERPRETED, HARDWARE=_hardware(x), enable_fp_fusion=False)
+        if coherence is None:
+            rule_kernel[grid](*tensors, *sizes, CHUNK=_chunk(config), **fixed)
+        else:
+            search_kernel[grid](*tensors, float(coherence), *sizes, **fixed)
+
+
+def _expand_programs(
+    codes: Tensor, block_scales: Tensor, tensor_scale: Tensor, rows: int, columns: int, dtype: torch.dtype
+) -> int:
+    return programs(rows, columns, 16, _EXPAND["BLOCKS"])
+
+
+@kernel("dequantize_nvfp4", backend="triton", accepts=accepts(_expand_programs))
+def dequantize_nvfp4(
+    codes: Tensor,
+    block_scales: Tensor,
+    tensor_scale: Tensor,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    out: Tensor,
+) -> None:
+    # 16 bytes a store.
+    width = 16 // dtype.itemsize
+    with current(codes):
+        expand_kernel[
+            _expand_programs(codes, block_scales, tensor_scale, rows, columns, dtype), out.shape[:-2].numel()
+        ](
+            codes.contiguous().view({8: torch.int32, 4: torch.int16}[width]),
+            block_scales.contiguous().view(torch.uint8),
+            tensor_scale.detach().contiguous(),
+            out,
+            rows,
+            columns,
+            codes.shape[-2],
+            codes.shape[-1] // 8,
+            block_scales.shape[-2],
+            WIDTH=width,
+            HARDWARE=has_e4m3(codes),
             enable_fp_fusion=False,
-            **config,
+            **_EXPAND,
         )

@@ -4,28 +4,45 @@ import triton
 import triton.language as tl
 
 from lrq_kernels.triton.arithmetic import tree_sum
-from lrq_kernels.triton.minifloat import MAX_E2M1, decode_e4m3, encode_e4m3, nearest_e2m1
+from lrq_kernels.triton.minifloat import MAX_E2M1, decode_e4m3, encode_e4m3, nearest_e2m1, reciprocal_e8m0
+from lrq_kernels.triton.quotient import serves, times, two_part_reciprocal
 
 SLACK = tl.constexpr(0.999)
 LAST_SCALE = tl.constexpr(126)
 OCTAVE = tl.constexpr(8)
 DOUBLES_FROM = tl.constexpr(16)
 ZERO_BELOW = tl.constexpr(0.25)
-UNIT_BELOW = tl.constexpr(2.0**-80)
-UNIT = tl.constexpr(2.0**80)
+# So far above the last scale that is the best one.
+FAR = tl.constexpr(2.0**20)
+# With these no scale leaves the normal numbers.
+LEAST_FUSED, MOST_FUSED = tl.constexpr(2.0**-40), tl.constexpr(2.0**40)
 
 
 @triton.jit
-def _visit(magnitudes, scale, amax, gain):
+def _visit(magnitudes, scale, gain, FUSED: tl.constexpr):
     """Value and plain error of a candidate."""
-    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    errors = [nearest_e2m1(tl.div_rn(m, scale)) - m * inverse for m in magnitudes]
-    ratio = tl.div_rn(scale, amax)
-    square = ratio * ratio
+    if FUSED:
+        inverse, rest = two_part_reciprocal(scale)
+        errors = [nearest_e2m1(times(m, inverse, rest)) - m * inverse for m in magnitudes]
+        along = tree_sum([(nearest_e2m1(times(m, inverse, rest)) - m * inverse) * (m * inverse) for m in magnitudes])
+    else:
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        errors = [nearest_e2m1(tl.div_rn(m, scale)) - m * inverse for m in magnitudes]
+        along = tree_sum([(nearest_e2m1(tl.div_rn(m, scale)) - m * inverse) * (m * inverse) for m in magnitudes])
+    square = scale * scale
     plain = square * tree_sum([e * e for e in errors])
-    along = tree_sum([(nearest_e2m1(tl.div_rn(m, scale)) - m * inverse) * (m * inverse) for m in magnitudes])
-    value = plain + square * (gain * (square * (along * along)))
-    return value, plain
+    along = square * along
+    return plain + gain * (along * along), plain
+
+
+@triton.jit
+def may_fuse(outer):
+    """Whether reciprocals serve every candidate, a scalar."""
+    fits = (outer >= LEAST_FUSED) & (outer <= MOST_FUSED)
+    # The scales have the eight mantissas of these products.
+    for eighths in tl.static_range(8, 16):
+        fits = fits & serves(outer * eighths)
+    return fits
 
 
 @triton.jit
@@ -62,23 +79,25 @@ def _next_upwards(code, phase, phases):
 
 
 @triton.jit
-def best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS: tl.constexpr):
+def best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS: tl.constexpr, FUSED: tl.constexpr):
     """Code of the best scale of every block, int32; 0 where every weight would round to zero.
 
     ``magnitudes`` are the 16 weights of the blocks without their signs: no term of the objective depends on them.
+    FUSED by reciprocals, where `may_fuse`.
     """
     start = tl.maximum(encode_e4m3(ratio), 1)
     total = outer * decode_e4m3(start)
     live = (amax > 0) & (total > 0)
-    amax = tl.where(live, amax, 1.0)
     saturates = tl.div_rn(amax, tl.where(live, total, 1.0)) > MAX_E2M1
     start = tl.minimum(start + saturates.to(tl.int32), LAST_SCALE)
-    # Reciprocals of scales must be finite.
-    unit = tl.where(outer < UNIT_BELOW, UNIT, 1.0)
+    total = tl.where(live, outer * decode_e4m3(start), 1.0)
+    far = live & (amax > FAR * total)
+    live = live & (far == 0)
+    # In units in which the scale of the start is near 1: nothing overflows.
+    unit = reciprocal_e8m0(total.to(tl.int32, bitcast=True) >> 23)
     magnitudes = [m * unit for m in magnitudes]
     amax *= unit
-    relative = [tl.div_rn(m, amax) for m in magnitudes]
-    gain = tl.div_rn(tl.full((BLOCKS,), coherence, tl.float32), tree_sum([r * r for r in relative]))
+    gain = tl.div_rn(tl.full((BLOCKS,), coherence, tl.float32), tree_sum([m * m for m in magnitudes]))
 
     code = start
     upwards = live
@@ -88,7 +107,7 @@ def best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS: tl.constexpr)
     bounds = (unseen, unseen, unseen, unseen, unseen, unseen, unseen, unseen)
     while tl.max(live.to(tl.int32), axis=0) > 0:
         scale = outer * decode_e4m3(code) * unit
-        value, plain = _visit(magnitudes, scale, amax, gain)
+        value, plain = _visit(magnitudes, scale, gain, FUSED)
         nonzero = scale * ZERO_BELOW < amax
         wins = live & nonzero & ((value < best) | ((value == best) & (code < best_code)))
         best = tl.where(wins, value, best)
@@ -102,8 +121,7 @@ def best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS: tl.constexpr)
         # No larger scale can win over an error of zero, or after one that rounds every weight to zero: the reference
         # visits them all the same, but here a block would keep its program waiting.
         upwards = upwards & (higher <= LAST_SCALE) & (best > 0) & nonzero
-        lower_ratio = tl.div_rn(outer * decode_e4m3(tl.maximum(lower, 1)) * unit, amax)
-        clipped = tl.maximum(1 - lower_ratio * MAX_E2M1, 0.0)
+        clipped = tl.maximum(amax - outer * decode_e4m3(tl.maximum(lower, 1)) * unit * MAX_E2M1, 0.0)
         code = tl.where(upwards, higher, tl.maximum(lower, 1))
         live = live & (upwards | ((clipped * clipped * SLACK <= best) & (lower >= 1)))
-    return best_code
+    return tl.where(far, start, best_code)

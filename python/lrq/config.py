@@ -147,9 +147,10 @@ class Conversion:
         """One line for every setting that was changed, and changes nothing beside the others."""
         default = Conversion().settings()
         changed = {name for name, value in self.settings().items() if value != default[name]}
-        searches = self.storage.family in ("nvfp4", "mxfp8")
+        family = self.storage.family
+        searches = family in ("nvfp4", "mxfp8")
         reasons = {
-            **({} if searches else dict.fromkeys(_OF_SEARCH, f"{self.storage.family.upper()} has no block scales to search")),
+            **({} if searches else dict.fromkeys(_OF_SEARCH, f"{family.upper()} has no block scales to search")),
             **({"coherence": "--scale_search off"} if searches and not self.rounding.scale_search else {}),
             **(dict.fromkeys(_OF_LEARNING, "--simple") if self.rounding.simple else {}),
         }

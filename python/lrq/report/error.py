@@ -12,7 +12,6 @@ from lrq.config import Rounding
 from lrq.formats import Format, Tensors
 from lrq.rounding.metric import leading_directions, subspace_size
 
-
 GROUP = 32
 """Neighbours of a row whose error is looked at together."""
 CHUNK = 1 << 22
@@ -34,8 +33,8 @@ class LayerError:
     nearest_projected: float
     """|E0 V|^2"""
     outlier: float = 0.0
-    """No sum: the largest |E| of :data:`GROUP` neighbours of a row, in units of the largest of |E0|, |E| after the scale
-    search alone, and |W|/10."""
+    """No sum: the largest |E| of :data:`GROUP` neighbours of a row, in units of the largest of |E0|, |E| after the
+    scale search alone, and |W|/10."""
 
     def __add__(self, other: LayerError) -> LayerError:
         a, b, c, d, e = (x + y for x, y in zip(self._sums(), other._sums(), strict=True))

@@ -180,7 +180,7 @@ def _check_layer(
 
 
 def _check_own(fmt: Format, tensors: Tensors, w: torch.Tensor, rounding: Rounding) -> None:
-    """What this version writes for a weight follows from it to the bit, but for the codes that learned rounding moves."""
+    """What this version writes follows from the weight to the bit, but for the codes that learned rounding moves."""
     single = w.float() if w.dtype == torch.float64 else w
     expected = fmt.quantize(single, rounding.coherence if rounding.scale_search else None)
     for suffix, tensor in expected.items():
