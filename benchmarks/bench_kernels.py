@@ -23,6 +23,7 @@ from lrq_kernels.dispatch import BACKENDS, refusal
 from measure import call_microseconds, copy_bandwidth, machine, seconds_of
 
 ROTATE_BYTES = 200e6
+PEERS = ("kitchen", "torchao")
 SHAPES = {"cuda": [(3072, 3072), (14336, 4096), (18432, 5120), (64, 1024, 1024)], "cpu": [(3072, 3072)]}
 Row = dict[str, object]
 
@@ -49,8 +50,8 @@ def same_bits(run: Run, backend: str) -> bool:
 class Bench:
     """Collects and prints the rows of one device."""
 
-    def __init__(self, device: torch.device, compare_all: bool) -> None:
-        self.device, self.compare_all = device, compare_all
+    def __init__(self, device: torch.device, compare_all: bool, backends: list[str], peers: list[str]) -> None:
+        self.device, self.compare_all, self.backends, self.peers = device, compare_all, backends, peers
         self.bandwidth = copy_bandwidth(device)
         self.rows: list[Row] = [{"copy_gb_s": self.bandwidth / 1e9}]
         print(f"{machine(device)}\ncopy bandwidth {self.bandwidth / 1e9:.0f} GB/s")
@@ -61,7 +62,7 @@ class Bench:
         operation = getattr(lrq_kernels, case.operation)
         runs = [partial(operation, *args) for args in arguments]
         size = sum(t.numel() * t.element_size() for t in (*tensors(arguments[0]), *tensors(runs[0]())))
-        for backend in BACKENDS:
+        for backend in self.backends:
             slow = backend == "reference"
             if refusal(case.operation, backend, arguments[0]) is not None or (slow and not first):
                 continue
@@ -69,6 +70,8 @@ class Bench:
             with lrq_kernels.use_backend(backend):
                 self.add(case, samples[0], backend, runs[:2] if slow else runs, size, bits)
         for name in case.peers:
+            if name.partition(" ")[0] not in self.peers:
+                continue
             try:
                 calls = [peer(name, args) for args in arguments]
                 calls[0]()
@@ -113,9 +116,11 @@ if __name__ == "__main__":
     parser.add_argument(
         "--compare-all", action="store_true", help="compare the bits at every shape, not only the first"
     )
+    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    bench = Bench(torch.device(options.device), options.compare_all)
+    bench = Bench(torch.device(options.device), options.compare_all, options.backends, options.peers)
     bench.overhead()
     for i, shape in enumerate(SHAPES[bench.device.type][: options.shapes]):
         matrices = weights(shape, bench.device)

@@ -11,7 +11,6 @@ import triton.language as tl
 from lrq_kernels.triton.arithmetic import largest, tree_sum
 from lrq_kernels.triton.minifloat import MAX_E4M3, decode_e8m0, nearest_e4m3, reciprocal_e8m0
 
-LAST_EXPONENT = tl.constexpr(254)
 SLACK = tl.constexpr(0.999)
 ZERO_BELOW = tl.constexpr(2.0**-10)
 # Below it, squares may be subnormal and errors no longer exact.
@@ -83,6 +82,7 @@ def best_exponents(magnitudes, coherence, BLOCKS: tl.constexpr):
     gain = tl.div_rn(tl.full((BLOCKS,), coherence, tl.float32), _tree_sum_32([m * m for m in magnitudes]))
 
     least = tl.maximum(1 - start, LEAST_STEP)
+    last = 254 - start
     coarser = _first_coarser(magnitudes)
     step = tl.zeros((BLOCKS,), tl.int32)
     down = live
@@ -103,7 +103,7 @@ def best_exponents(magnitudes, coherence, BLOCKS: tl.constexpr):
         stays_down = down & (step > least) & (clipped * clipped * SLACK <= best)
         higher = tl.where(down, coarser, step + 1)
         down = stays_down
-        step = tl.where(down, lower, tl.minimum(higher, LAST_EXPONENT - start))
-        goes_up = (higher <= LAST_EXPONENT - start) & _can_win_up(bound, best) & (_power(step) * ZERO_BELOW < amax)
+        step = tl.where(down, lower, tl.minimum(higher, last))
+        goes_up = (higher <= last) & _can_win_up(bound, best) & (_power(step) * ZERO_BELOW < amax)
         live = live & (down | goes_up)
     return tl.where(start > 0, start + best_step, 0)

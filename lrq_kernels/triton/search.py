@@ -91,7 +91,7 @@ def best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS: tl.constexpr,
     saturates = tl.div_rn(amax, tl.where(live, total, 1.0)) > MAX_E2M1
     start = tl.minimum(start + saturates.to(tl.int32), LAST_SCALE)
     total = tl.where(live, outer * decode_e4m3(start), 1.0)
-    far = live & (amax > FAR * total)
+    far = live & (amax > total * FAR)
     live = live & (far == 0)
     # In units in which the scale of the start is near 1: nothing overflows.
     unit = reciprocal_e8m0(total.to(tl.int32, bitcast=True) >> 23)
