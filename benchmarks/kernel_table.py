@@ -1,6 +1,6 @@
 """Writes the table of kernel speeds into README.md, from the results of bench_kernels.py.
 
-python benchmarks/kernel_table.py [benchmarks/results/kernels-h200.json]
+python benchmarks/kernel_table.py [benchmarks/results/kernels-h100.json]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "kernels-h200.json"
+RESULTS = ROOT / "benchmarks" / "results" / "kernels-h100.json"
 SHAPES = ("3072x3072", "14336x4096", "18432x5120", "64x1024x1024")
 BEGIN, END = "<!-- kernel table: benchmarks/kernel_table.py -->\n", "<!-- end of kernel table -->\n"
 
@@ -22,8 +22,8 @@ def table(results: dict) -> str:
     where = f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, commit {machine['commit']}"
     lines = [
         f"{where}: % of the {copy:.0f} GB/s of a 1 GiB copy in the same run",
-        "(bf16, inputs read once, outputs written once), CUDA backend; in brackets how many times faster than the best",
-        f"of comfy-kitchen {machine.get('comfy-kitchen', '')} and torchao.",
+        "(bf16, inputs read once, outputs written once), CUDA / Triton; in brackets how many times faster CUDA is than",
+        f"{' or '.join(_peers(machine, rows))}.",
         "",
         f"| | {' | '.join(SHAPES)} |",
         "|---|" + "---|" * len(SHAPES),
@@ -33,13 +33,18 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _peers(machine: dict, rows: list[dict]) -> list[str]:
+    """The peers that were measured, with the versions that are known."""
+    names = {"kitchen": f"comfy-kitchen {machine.get('comfy-kitchen', '')}".strip(), "torchao": "torchao"}
+    return [name for who, name in names.items() if any(row["who"].startswith(who) for row in rows)]
+
+
 def _cell(rows: list[dict], case: str, shape: str) -> str:
     found = {row["who"]: row for row in rows if (row["case"], row["shape"]) == (case, shape)}
-    if "cuda" not in found:
-        return ""
     peers = [row["us"] for who, row in found.items() if who.startswith(("kitchen", "torchao"))]
-    ratio = f" ({min(peers) / found['cuda']['us']:.1f}×)" if peers else ""
-    return f"{found['cuda']['percent_of_copy']:.0f}{ratio}"
+    shares = [f"{found[who]['percent_of_copy']:.0f}" for who in ("cuda", "triton") if who in found]
+    ratio = f" ({min(peers) / found['cuda']['us']:.1f}×)" if peers and "cuda" in found else ""
+    return " / ".join(shares) + ratio
 
 
 def placed(readme: str, results: dict) -> str:

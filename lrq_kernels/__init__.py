@@ -1,7 +1,7 @@
 """Kernels for low-precision weights: packing to NVFP4, MXFP8, FP8 and INT8, bit for bit the same from every backend.
 
-Every operation is one function of :mod:`lrq_kernels.ops` (its contract: shapes, units, errors, source) and a custom op
-``torch.ops.lrq.<name>``. Importing this package does not import torch; the first use of an operation does.
+Every operation is one function of :mod:`lrq_kernels.ops` (its contract: shapes, units, errors, source) and, from its
+first use on, a custom op ``torch.ops.lrq.<name>``. Importing this package does not import torch; using it does.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def dequantize_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
         (codes.float() * scale).to(dtype)
     """
     check_matrix("codes", codes, (torch.float8_e4m3fn,))
-    check_scale_of(scale, codes.shape, row_tail=())
+    check_scale_of(scale, codes, row_tail=())
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     return torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format)

@@ -54,7 +54,7 @@ def dequantize_int8(codes: Tensor, scale: Tensor, hadamard: int = 0, dtype: torc
         (codes.float() * scale).to(dtype)
     """
     check_matrix("codes", codes, (torch.int8,))
-    check_scale_of(scale, codes.shape, row_tail=(1,))
+    check_scale_of(scale, codes, row_tail=(1,))
     if hadamard:
         check_group(hadamard, codes.shape[-1])
     if dtype not in FLOATS:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrq_kernels.contract import FLOATS, check_matrix, check_shape, operation, round_up
+from lrq_kernels.contract import FLOATS, check_device, check_matrix, check_shape, operation, round_up
 from lrq_kernels.ops.swizzle import swizzled_shape
 
 BLOCK = 32
@@ -63,6 +63,7 @@ def dequantize_mxfp8(
     padded = round_up(rows, ROW_MULTIPLE), round_up(columns, BLOCK)
     check_shape("codes", codes, (*batch, *padded), torch.float8_e4m3fn)
     check_shape("block_scales", block_scales, (*batch, *swizzled_shape(padded[0], padded[1] // BLOCK)), torch.uint8)
+    check_device("block_scales", block_scales, codes)
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     return codes.new_empty((*batch, rows, columns), dtype=dtype)

@@ -78,6 +78,8 @@ def dequantize_nvfp4(
     scales_shape = (*batch, *swizzled_shape(padded[0], padded[1] // BLOCK))
     check_shape("block_scales", block_scales, scales_shape, torch.float8_e4m3fn)
     check_shape("tensor_scale", tensor_scale, batch, torch.float32)
+    check_device("block_scales", block_scales, codes)
+    check_device("tensor_scale", tensor_scale, codes)
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     return codes.new_empty((*batch, rows, columns), dtype=dtype)

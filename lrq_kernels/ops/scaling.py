@@ -52,8 +52,10 @@ def expand_scale(scale: Tensor, shape: torch.Size) -> Tensor:
     return scale.repeat_interleave(block, -2).repeat_interleave(block, -1)
 
 
-def check_scale_of(scale: Tensor, shape: torch.Size, row_tail: tuple[int, ...]) -> None:
-    """Raise ``ValueError`` unless ``scale`` is float32 and fits codes of ``shape`` by tensor, row or square block."""
+def check_scale_of(scale: Tensor, codes: Tensor, row_tail: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless ``scale`` is float32, beside the codes, and fits them by tensor, row or block."""
+    check_device("scale", scale, codes)
+    shape = codes.shape
     *batch, rows, columns = shape
     fits = tuple(scale.shape) in (tuple(batch), (*batch, rows, *row_tail))
     if not fits and scale.dim() == len(shape) and list(scale.shape[:-2]) == list(batch) and 0 not in scale.shape:

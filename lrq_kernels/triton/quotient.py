@@ -8,19 +8,25 @@ import triton.language as tl
 
 
 @triton.jit
+def negative(x):
+    """-x; Triton's own minus is 0 - x, which loses the sign of zero."""
+    return x * -1.0
+
+
+@triton.jit
 def reciprocal(divisor):
     """1/divisor, correctly rounded for normal divisors up to 2^100: what division itself starts from."""
     near = tl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], dtype=tl.float32, is_pure=True, pack=1
     )
-    return tl.fma(near, tl.fma(-divisor, near, 1.0), near)
+    return tl.fma(near, tl.fma(negative(divisor), near, 1.0), near)
 
 
 @triton.jit
 def quotient(dividend, divisor, inverse):
     """dividend/divisor with ``inverse`` the rounded 1/divisor, where no remainder underflows."""
     near = dividend * inverse
-    return tl.fma(-tl.fma(near, divisor, -dividend), inverse, near)
+    return tl.fma(negative(tl.fma(near, divisor, negative(dividend))), inverse, near)
 
 
 @triton.jit
@@ -33,7 +39,7 @@ def serves(divisor):
 def two_part_reciprocal(divisor):
     """1/divisor, correctly rounded, and what is left of it."""
     high = reciprocal(divisor)
-    return high, tl.fma(-divisor, high, 1.0) * high
+    return high, tl.fma(negative(divisor), high, 1.0) * high
 
 
 @triton.jit

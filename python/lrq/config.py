@@ -102,11 +102,11 @@ class Rounding:
     max_k: int = _setting(1280, "Most directions.", minimum=1)
 
     plain_weight: float = field(
-        default=1.0,
+        default=3.0,
         metadata={"meaning": "λ, the weight of the plain error.", "flag": False, "minimum": 0.0, "maximum": 1e6},
     )
     spectrum: float = _setting(
-        0.0, "p: a direction of singular value σ counts as σ^p.", flag=False, minimum=0.0, maximum=8.0
+        1.0, "p: a direction of singular value σ counts as σ^p.", flag=False, minimum=0.0, maximum=8.0
     )
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import lrq
 from checkpoints import FLAGS, LAYERS, convert, load, normal, save, transformer
 from lrq.checkpoint.reader import Reader
 from lrq.config import Conversion, Rounding, Storage
@@ -211,3 +212,47 @@ def test_settings_survive_the_way_through_the_provenance(tmp_path):
     )
     for broken in hostile:
         assert recorded(broken) is None
+
+
+def test_what_would_act_on_a_quantized_layer_is_left_out(tmp_path):
+    tensors = {"a.weight": normal(16, 16), "a.input_scale": torch.tensor(0.1), "a.pre_quant_scale": torch.ones(16)}
+    kept = {"norm.weight": torch.ones(16), "norm.input_scale": torch.tensor(0.2)}
+    source = save(tmp_path / "in.safetensors", tensors | kept)
+    made = plan(source)
+    assert [entry.name for entry in made.dropped] == ["a.input_scale", "a.pre_quant_scale"]
+    names = {entry.name for entry in made.header.entries}
+    assert kept.keys() < names and not {"a.input_scale", "a.pre_quant_scale"} & names
+    summary = lrq.quantize(source, tmp_path / "out.safetensors", simple=True)
+    assert [notice.partition(":")[0] for notice in summary.notices] == [
+        "a.input_scale is left out",
+        "a.pre_quant_scale is left out",
+    ]
+    assert lrq.verify(tmp_path / "out.safetensors", source).ok
+
+
+@pytest.mark.parametrize("marker", [b"{}", b"nonsense", b'{"format": 4}', b"[]"])
+def test_a_source_whose_marker_says_nothing_is_refused(tmp_path, marker):
+    tensors = {"a.weight": normal(8, 8), "a.comfy_quant": torch.tensor(list(marker), dtype=torch.uint8)}
+    with pytest.raises(InputError, match="layer a: quantized already, but its comfy_quant "):
+        plan(save(tmp_path / "in", tensors | {"b.weight": normal(8, 8)}))
+
+
+def test_a_header_that_no_loader_takes_is_refused(tmp_path, monkeypatch):
+    source = save(tmp_path / "in", transformer())
+    monkeypatch.setattr("lrq.checkpoint.header.MAX_HEADER", 2000)
+    with pytest.raises(InputError, match="over the limit of 2000 that loaders have"):
+        plan(source)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"simple": True, "seed": 5}, ["--seed has no effect: --simple"]),
+        ({"nvfp4": True, "scale_search": False, "coherence": 2.0}, ["--coherence has no effect: --scale_search off"]),
+        ({"int8": True, "coherence": 2.0}, ["--coherence has no effect: INT8 has no block scales to search"]),
+        ({"nvfp4": True, "coherence": 2.0, "seed": 5, "num_iter": 3}, []),
+        ({"simple": True, "seed": 0}, []),
+    ],
+)
+def test_settings_without_effect_are_said(settings, words):
+    assert Conversion.from_settings(settings).without_effect() == words

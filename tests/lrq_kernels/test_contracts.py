@@ -166,3 +166,18 @@ def test_a_given_scale_lies_with_the_matrix() -> None:
 
 def test_explain_fills_in_defaults() -> None:
     assert "chosen" in lrq_kernels.explain("quantize_nvfp4", torch.randn(4, 16)).values()
+
+
+def test_scales_lie_beside_the_codes() -> None:
+    codes, scale = lrq_kernels.quantize_int8(torch.ones(16, 16), "row")
+    with pytest.raises(ValueError, match="scale: must be on cpu, is on meta"):
+        lrq_kernels.dequantize_int8(codes, scale.to("meta"))
+    codes, block_scales, tensor_scale = lrq_kernels.quantize_nvfp4(torch.ones(16, 16))
+    with pytest.raises(ValueError, match="block_scales: must be on cpu, is on meta"):
+        lrq_kernels.dequantize_nvfp4(codes, block_scales.to("meta"), tensor_scale, 16, 16)
+
+
+@pytest.mark.parametrize("x", [None, torch.eye(4).to_sparse()])
+def test_what_is_no_dense_tensor_is_named(x) -> None:
+    with pytest.raises(TypeError, match="x: must be a"):
+        lrq_kernels.quantize_nvfp4(x)

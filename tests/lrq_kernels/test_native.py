@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from lrq_kernels import dequantize_mxfp8, explain, quantize_mxfp8, quantize_nvfp4, use_backend
+from lrq_kernels import (
+    dequantize_mxfp8,
+    explain,
+    quantize_fp8,
+    quantize_int8,
+    quantize_mxfp8,
+    quantize_nvfp4,
+    use_backend,
+)
 from samples import gaussian
 
 pytest.importorskip("lrq_kernels.native", reason="the native extension is not built", exc_type=ImportError)
@@ -60,6 +68,23 @@ def test_follows_the_current_stream(name, coherence):
         found = QUANTIZE[name](x + 1, coherence)
     stream.synchronize()
     assert _equal([t.reshape(-1) for t in found], [t.reshape(-1) for t in expected])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 2080, 4096), (9000, 4096), (70, 100, 512)])
+@pytest.mark.parametrize("name", ["nvfp4", "fp8", "int8"])
+def test_a_matrix_larger_than_what_stays_on_chip(name, shape, dtype):
+    """Thread blocks that take more than they keep, and more than one matrix."""
+    _need_cuda()
+    x = gaussian(*shape).to(dtype).cuda() * torch.logspace(-3, 0, shape[-2], device="cuda")[:, None].to(dtype)
+    quantize = {"nvfp4": quantize_nvfp4, "fp8": quantize_fp8, "int8": quantize_int8}[name]
+    with use_backend("reference"):
+        expected = quantize(x)
+    with use_backend("cuda"):
+        for _ in range(3):
+            found = quantize(x)
+            assert _equal([t.reshape(-1) for t in found], [t.reshape(-1) for t in expected])
 
 
 @pytest.fixture

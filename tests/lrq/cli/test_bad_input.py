@@ -172,7 +172,7 @@ COMBINATIONS = {
     "--top_p 1.5": "--top_p: must be from 0.0 to 1.0",
     "--top_p nan": "--top_p: must be from 0.0 to 1.0",
     "--coherence inf": "--coherence",
-    "--min_k 9 --max_k 8": "--min_k 9: must not be above --max_k 8",
+    "--min_k 9 --max_k 8": "--max_k 8: must not be below --min_k 9",
     "--seed -1": "--seed: must be at least 0",
     "--exclude-layers (": "not a regular expression",
     "--exclude-layers nowhere": "finds no layer to exclude",
@@ -323,3 +323,41 @@ def test_a_signal_while_torch_is_imported_ends_the_run(tmp_path, source):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) in (-signal.SIGTERM, 130, 0)
         assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_an_expression_too_large_for_a_number_is_one_line(tmp_path, source):
+    assert "not a regular expression" in refuse(tmp_path, "-i", source, "--exclude-layers", "a{99999999999}")
+
+
+@pytest.mark.parametrize(("output", "words"), [("new/", "names a folder"), ("", "the name is empty")])
+def test_output_that_names_no_file(source, output, words):
+    assert words in refuse(source.parent, "-i", source, "-o", output)
+
+
+def test_a_read_only_output_is_kept(tmp_path, source, monkeypatch):
+    target = tmp_path / "out.safetensors"
+    target.write_bytes(b"precious")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "read-only" in refuse(tmp_path, "-i", source, "-o", target)
+
+
+def test_output_behind_a_link_is_written_there(tmp_path, source):
+    there, link = tmp_path / "there.safetensors", tmp_path / "link.safetensors"
+    link.symlink_to(there)
+    assert run("convert", "-i", source, "-o", link, "--simple").exit_code == 0
+    assert link.is_symlink() and there.stat().st_size > 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_any_encoding_of_the_output_will_do(tmp_path, encoding):
+    source = save(tmp_path / "in.safetensors", {"λ\u2028.weight": normal(16, 16)})
+    output = tmp_path / "out.safetensors"
+    environment = dict(os.environ, PYTHONIOENCODING=encoding)
+    for arguments in (
+        ("convert", "--help"),
+        ("convert", "-i", source, "-o", output, "--verbose"),
+        ("verify", output, "--source", source),
+    ):
+        command = [sys.executable, "-m", "lrq.cli", *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True)
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr

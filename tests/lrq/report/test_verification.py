@@ -209,6 +209,63 @@ def test_a_broken_layer_of_one_format_is_named_with_the_rule(good, source, name,
     assert all(line.startswith(("layer square", "layer twin", "layer tile", "layer ragged")) for line in found)
 
 
+def zero_row(tensor: torch.Tensor) -> torch.Tensor:
+    changed = tensor.clone()
+    changed[5] = 0
+    return changed
+
+
+SUBTLE: dict[tuple[str, str], tuple[Callable[[File], None], str]] = {
+    ("nvfp4", "a row of zeros"): (replace("weight", zero_row, "tile"), "times the error expected of them"),
+    ("nvfp4", "a larger tensor scale"): (replace("weight_scale_2", lambda s: s * 1.02), "weight_scale_2 is not what"),
+    ("fp8", "a scale 2 % larger"): (replace("weight_scale", lambda s: s * 1.02), "weight_scale is not what"),
+    ("int8-row", "a scale one place larger"): (
+        replace("weight_scale", lambda s: s.nextafter(torch.tensor(9.0))),
+        "weight_scale is not what",
+    ),
+    ("nvfp4", "a block scale of the next code"): (
+        replace("weight_scale", lambda s: poke((0, 0), int(s.view(torch.uint8)[0, 0]) + 1)(s)),
+        "weight_scale is not what",
+    ),
+    ("fp8", "full precision asked for"): (remark(full_precision_matrix_mult=True), "lrq writes"),
+    ("nvfp4", "a rotation that is none"): (remark(convrot=True), "lrq writes"),
+    ("mxfp8", "a foreign key"): (remark(linear_dtype="int8"), "lrq writes"),
+}
+"""Small enough for the layer's error to stay what it was, nearly."""
+
+
+@pytest.mark.parametrize(("name", "wrong"), SUBTLE)
+def test_small_damage_is_named_too(good, source, name, wrong):
+    change, words = SUBTLE[name, wrong]
+    found = failures(tampered(good(name), change), source)
+    assert any(line.startswith(("layer square", "layer tile")) and words in line for line in found), found
+
+
+def test_codes_that_are_rounded_to_nearest_must_be_those(source, tmp_path):
+    convert(source, tmp_path / "simple.safetensors", "--nvfp4", "--simple")
+    change = replace("weight", lambda w: poke((3, 3), int(w[3, 3]) ^ 1)(w))
+    found = failures(tampered(tmp_path / "simple.safetensors", change), source)
+    assert found == ["layer square: weight is not what the recorded settings give for the source's weight"]
+
+
+def test_a_layer_put_back_is_noticed(good, source):
+    def put_back(file: File) -> None:
+        file.tensors = {key: tensor for key, tensor in file.tensors.items() if not key.startswith("twin.")}
+        file.tensors["twin.weight"] = RAGGED["twin.weight"]
+        restate(lambda layers: {name: marker for name, marker in layers.items() if name != "twin"})(file)
+
+    found = failures(tampered(good("nvfp4"), put_back), source)
+    assert found == ["layer twin: is not quantized, though the recorded settings quantize it"]
+
+
+def test_another_version_of_the_entry_is_noticed(good):
+    def renumber(file: File) -> None:
+        entry = json.loads(file.metadata["_quantization_metadata"]) | {"format_version": "9"}
+        file.metadata["_quantization_metadata"] = json.dumps(entry)
+
+    assert any("format_version must be 1.0" in line for line in failures(tampered(good("fp8"), renumber)))
+
+
 KEPT = {
     "a bit of a kept tensor": (replace("bias", poke((17,), 9)), "tensor square.bias: its bytes differ"),
     "a kept tensor cast": (replace("weight", torch.Tensor.float, "norm"), "norm.weight: was BF16 [64], is F32 [64]"),
