@@ -14,7 +14,7 @@ from lrq.rounding.metric import leading_directions, subspace_size
 
 GROUP = 32
 """Neighbours of a row whose error is looked at together."""
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Weights in float64 at a time."""
 
 
@@ -77,25 +77,36 @@ def _ratio(squares: float, of: float, neither: float) -> float:
 
 def measure(fmt: Format, tensors: Tensors, w: Tensor, rounding: Rounding) -> LayerError:
     """Error of stored tensors against the weight [N,K] or [E,N,K] they were made from."""
+    if w.dim() == 2:
+        # Before the others are in memory.
+        directions = _directions(w, rounding)
+        return _sums(w, *_compared(fmt, tensors, w, rounding), directions)
+    compared = _compared(fmt, tensors, w, rounding)
+    total = LayerError(0.0, 0.0, 0.0, 0.0, 0.0)
+    for i in range(w.shape[0]):
+        stored, nearest, searched = (one[i] for one in compared)
+        total += _sums(w[i], stored, nearest, searched, _directions(w[i], rounding))
+    return total
+
+
+def _compared(fmt: Format, tensors: Tensors, w: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor, Tensor]:
+    """What is stored, what round-to-nearest gives, and what the scale search gives, if there is one."""
     shape = tuple(w.shape)
     single = w.float() if w.dtype == torch.float64 else w
-    stored = fmt.dequantize(tensors, shape)
     nearest = fmt.dequantize(fmt.quantize(single, None), shape)
     searched = nearest
     if rounding.scale_search and fmt.has_scale_search:
         searched = fmt.dequantize(fmt.quantize(single, rounding.coherence), shape)
-    if len(shape) == 2:
-        return _measure_matrix(w, stored, nearest, searched, rounding)
-    total = LayerError(0.0, 0.0, 0.0, 0.0, 0.0)
-    for i in range(shape[0]):
-        total += _measure_matrix(w[i], stored[i], nearest[i], searched[i], rounding)
-    return total
+    return fmt.dequantize(tensors, shape), nearest, searched
 
 
-def _measure_matrix(w: Tensor, stored: Tensor, nearest: Tensor, searched: Tensor, rounding: Rounding) -> LayerError:
+def _directions(w: Tensor, rounding: Rounding) -> Tensor:
     k = subspace_size(tuple(w.shape), rounding.top_p, rounding.min_k, rounding.max_k)
     largest = w.abs().amax().double().clamp(min=torch.finfo(torch.float64).tiny)
-    directions = leading_directions(w.to(torch.float64, copy=True).div_(largest), k)
+    return leading_directions(w.to(torch.float64, copy=True).div_(largest), k)
+
+
+def _sums(w: Tensor, stored: Tensor, nearest: Tensor, searched: Tensor, directions: Tensor) -> LayerError:
     total = LayerError(0.0, 0.0, 0.0, 0.0, 0.0)
     rows = max(1, CHUNK // w.shape[1])
     for parts in zip(*(matrix.split(rows) for matrix in (w, stored, nearest, searched)), strict=True):

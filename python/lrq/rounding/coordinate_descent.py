@@ -27,7 +27,7 @@ def coordinate_descent(problem: Problem, num_iter: int) -> Solution:
     starts = range(0, columns, BLOCK)
     for sweep in range(1, num_iter + 1):
         # Afresh in every sweep, so that float32 updates can't drift.
-        projected = problem.metric.project(problem.error(values))
+        projected = problem.projected(values)
         moved = False
         for position in torch.randperm(len(starts), generator=generator).tolist():
             part = slice(starts[position], starts[position] + BLOCK)

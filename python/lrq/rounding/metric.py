@@ -10,7 +10,7 @@ from torch import Tensor
 
 def sum_of_squares(x: Tensor) -> float:
     """Sum of the squares of x [N,K] in float64, a part of x at a time."""
-    rows = max(1, (1 << 22) // x.shape[1])
+    rows = max(1, (1 << 20) // x.shape[1])
     return sum(part.double().square().sum().item() for part in x.split(rows))
 
 
@@ -25,19 +25,10 @@ class Metric:
     left: Tensor | None = None
     """U, float32 [N,k'], orthonormal columns; None: the identity, every output counts."""
 
-    def project(self, error: Tensor) -> Tensor:
-        """``U'EV``."""
-        inner = error @ self.right
-        return inner if self.left is None else self.left.mT @ inner
-
     def project_block(self, error: Tensor, columns: slice) -> Tensor:
         """The part of ``U'EV`` that an error [N,columns] contributes."""
         inner = error @ self.right[columns]
         return inner if self.left is None else self.left.mT @ inner
-
-    def value(self, error: Tensor) -> float:
-        """f(E), summed in float64."""
-        return sum_of_squares(self.project(error)) + self.plain_weight * sum_of_squares(error)
 
 
 def leading_directions(w: Tensor, count: int) -> Tensor:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lrq.formats.grid import Grid
 from lrq.rounding.metric import Metric, sum_of_squares
+
+CHUNK = 1 << 22
+"""Weights whose error is in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,29 @@ class Problem:
         """E = q·scale − W."""
         return (values * self.scale).sub_(self.weight)
 
+    def errors(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """E by rows, a part at a time: whole, it would take as much memory as the weight."""
+        scale = self.scale.expand(self.weight.shape)
+        rows = max(1, CHUNK // self.weight.shape[1])
+        for first in range(0, len(self.weight), rows):
+            part = slice(first, first + rows)
+            yield part, (values[part] * scale[part]).sub_(self.weight[part])
+
+    def projected(self, values: Tensor) -> Tensor:
+        """``U'EV``."""
+        inner = self.weight.new_empty(len(self.weight), self.metric.right.shape[1])
+        for part, error in self.errors(values):
+            torch.matmul(error, self.metric.right, out=inner[part])
+        return inner if self.metric.left is None else self.metric.left.mT @ inner
+
+    def plain(self, values: Tensor) -> float:
+        """``|E|^2``, summed in float64."""
+        return sum(sum_of_squares(error) for _, error in self.errors(values))
+
+    def objective(self, values: Tensor) -> float:
+        """``|U'EV|^2 + λ|E|^2``, summed in float64."""
+        return sum_of_squares(self.projected(values)) + self.metric.plain_weight * self.plain(values)
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -43,5 +71,5 @@ class Solution:
 
 def relative_error(problem: Problem, values: Tensor) -> float:
     """|E|/|E0|, E0 the error of round-to-nearest with the same scales; 1 if that is zero."""
-    start = sum_of_squares(problem.error(problem.start))
-    return math.sqrt(sum_of_squares(problem.error(values)) / start) if start > 0 else 1.0
+    start = problem.plain(problem.start)
+    return math.sqrt(problem.plain(values) / start) if start > 0 else 1.0

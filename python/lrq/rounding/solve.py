@@ -72,8 +72,7 @@ def _learn(
 
 def learn(problem: Problem, rounding: Rounding) -> tuple[Tensor, Outcome]:
     """Grid values [N,K] of a problem: never worse than the start in its metric, |E| within :data:`FROBENIUS_LIMIT`."""
-    metric = problem.metric
-    before = metric.value(problem.error(problem.start))
+    before = problem.objective(problem.start)
     attempt = problem
     while True:
         solution = SOLVERS["coordinate_descent"](attempt, rounding.num_iter)
@@ -81,7 +80,7 @@ def learn(problem: Problem, rounding: Rounding) -> tuple[Tensor, Outcome]:
             break
         raised = Metric(attempt.metric.right, 2 * max(attempt.metric.plain_weight, 0.05), attempt.metric.left)
         attempt = Problem(problem.weight, problem.scale, problem.start, problem.grid, raised, problem.seed)
-    after = metric.value(problem.error(solution.values))
+    after = problem.objective(solution.values)
     if after > before:
         # Raising λ, or float32 in the last bits of a perfect fit, may lose against the start.
         return problem.start, Outcome(solution.iterations, "nearest is best", before, before)
