@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-import lrq_kernels
 from lrq.checkpoint.header import BITS
-from lrq.checkpoint.reader import CODES, Reader
+from lrq.checkpoint.reader import Reader
 from lrq.config import Conversion, Rounding
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
@@ -19,6 +18,7 @@ from lrq.formats import Format, Shape, Tensors, read_format
 from lrq.models.policy import FLOAT_DTYPES
 from lrq.plan import PROVENANCE, make_plan, recorded, source_markers
 from lrq.report.error import GROUP, LayerError, measure
+from lrq.report.stored import check_dimensions, check_values, read_tensors, same_bytes, stored_shape
 
 WORSE_THAN_NEAREST = 1.5
 """A layer with more than this times the error of round-to-nearest was not made from this source, or wrongly."""
@@ -149,17 +149,17 @@ def _check_layer(
     if original is not None and _came_quantized(source, name):
         # It came quantized, in whatever format; what counts is that its bytes are the source's.
         return LayerReport(name, str(marker.get("format")), original.shape, None)
-    _check_dimensions(shapes.get("weight", (1, 1)))
+    check_dimensions(shapes.get("weight", (1, 1)))
     fmt = read_format(marker, shapes)
-    shape = _stored_shape(fmt, shapes) if original is None else original.shape
-    _check_dimensions(shape)
+    shape = stored_shape(fmt, shapes) if original is None else original.shape
+    check_dimensions(shape)
     if fmt.refusal(shape) is not None:
         raise ValueError(f"{fmt.name}: {fmt.refusal(shape)}")
     for key, value in comfyui.layer_marker(fmt, shape).items():
         if marker.get(key, value) != value:
             raise ValueError(f"its marker says {key} {marker[key]}, its tensors {value}")
-    tensors = _read_tensors(output, name, fmt, shape)
-    _check_values(fmt, tensors, shape)
+    tensors = read_tensors(output, name, fmt, shape)
+    check_values(fmt, tensors, shape)
     if original is None or source is None:
         return LayerReport(name, fmt.name, shape, None)
     w = source.read(original.name)
@@ -184,7 +184,7 @@ def _check_own(fmt: Format, tensors: Tensors, w: torch.Tensor, rounding: Roundin
     single = w.float() if w.dtype == torch.float64 else w
     expected = fmt.quantize(single, rounding.coherence if rounding.scale_search else None)
     for suffix, tensor in expected.items():
-        if (suffix != "weight" or rounding.simple) and not _same_bytes(tensors[suffix], tensor):
+        if (suffix != "weight" or rounding.simple) and not same_bytes(tensors[suffix], tensor):
             raise ValueError(f"{suffix} is not what the recorded settings give for the source's weight")
 
 
@@ -204,74 +204,11 @@ def _as_planned(source: Reader, settings: Conversion, markers: comfyui.Markers) 
             yield f"layer {printable(name)}: is quantized, though the recorded settings keep it"
 
 
-def _check_dimensions(shape: Shape) -> None:
-    if len(shape) not in (2, 3):
-        raise ValueError(f"a weight must be [N,K] or [E,N,K], got {list(shape)}")
-
-
 def _is_price_of_search(fmt: Format, w: torch.Tensor, error: LayerError, rounding: Rounding) -> bool:
     """The scale search gives up plain error for less error along the weight: in a few blocks that may be much."""
     stored = fmt.quantize(w.float(), rounding.coherence if rounding.scale_search else None)
     searched = fmt.dequantize(stored, tuple(w.shape)).double() - w.double()
     return error.plain <= WORSE_THAN_NEAREST**2 * searched.square().sum().item()
-
-
-def _stored_shape(fmt: Format, shapes: dict[str, Shape]) -> Shape:
-    """The padded shape of the weight, which is all that the file alone says."""
-    weight = shapes["weight"]
-    return (*weight[:-1], weight[-1] * 2) if fmt.name == "nvfp4" else weight
-
-
-def _read_tensors(output: Reader, name: str, fmt: Format, shape: Shape) -> Tensors:
-    tensors: Tensors = {}
-    layout = fmt.layout(shape)
-    for suffix in comfyui.STORED:
-        if suffix not in layout and f"{name}.{suffix}" in output.entries:
-            raise ValueError(f"{suffix} is no part of {fmt.name}")
-    for suffix, (dtype, stored) in layout.items():
-        entry = output.entries.get(f"{name}.{suffix}")
-        if entry is None:
-            raise ValueError(f"{suffix} is missing")
-        if (entry.dtype, entry.shape) != (CODES[dtype], stored):
-            raise ValueError(
-                f"{suffix} of {fmt.name} {list(shape)} must be {CODES[dtype]} {list(stored)}, "
-                f"got {entry.dtype} {list(entry.shape)}"
-            )
-        tensors[suffix] = output.read(entry.name)
-    return tensors
-
-
-def _check_values(fmt: Format, tensors: Tensors, shape: Shape) -> None:
-    for suffix, tensor in tensors.items():
-        if suffix == "weight" or not tensor.is_floating_point():
-            continue
-        values = tensor.float()
-        if not (torch.isfinite(values) & (values >= 0)).all():
-            raise ValueError(f"{suffix} holds a negative or non-finite scale")
-        if suffix == "weight_scale_2" and (values == 0).any():
-            raise ValueError(f"{suffix} is zero")
-    scales = tensors["weight_scale"]
-    if fmt.name == "mxfp8" and (scales == 255).any():
-        raise ValueError("weight_scale holds byte 255, which is NaN")
-    if tensors["weight"].dtype == torch.int8 and (tensors["weight"] == -128).any():
-        raise ValueError("weight holds the code -128; codes go from -127 to 127")
-    if not torch.isfinite(fmt.dequantize(tensors, shape)).all():
-        raise ValueError("the stored weight is not finite")
-    if fmt.name in ("nvfp4", "mxfp8"):
-        values, _ = fmt.expand(tensors, shape)
-        if not _same_bytes(fmt.with_codes(tensors, values)["weight"], tensors["weight"]):
-            raise ValueError("the padding of its codes is not zero")
-        rows, columns = shape[-2], -(-shape[-1] // (16 if fmt.name == "nvfp4" else 32))
-        padded = lrq_kernels.unswizzle_scales(scales, *scales.shape[-2:])[..., :rows, :columns].contiguous()
-        full = torch.zeros(scales.shape, dtype=torch.uint8)
-        full[..., :rows, :columns] = padded.view(torch.uint8)
-        if not _same_bytes(lrq_kernels.swizzle_scales(full), scales):
-            raise ValueError("the padding of its swizzled scales is not zero")
-
-
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(a, b)
 
 
 def _provenance(output: Reader, source: Reader) -> Iterator[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lrq.config import Rounding
 from lrq.formats import FORMATS, Format
 from lrq.rounding.coordinate_descent import coordinate_descent
-from lrq.rounding.metric import Metric, input_metric, sum_of_squares, leading_directions, subspace_size
+from lrq.rounding.metric import Metric, input_metric, leading_directions, subspace_size, sum_of_squares
 from lrq.rounding.problem import Problem
 from lrq.rounding.solve import FROBENIUS_LIMIT, layer_seed, learn, quantize_layer
 from samples import gaussian, low_rank, student
