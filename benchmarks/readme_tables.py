@@ -1,0 +1,123 @@
+"""Writes the tables of measurements into README.md, from the kept results of the benchmarks.
+
+python benchmarks/readme_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SHAPES = ("3072x3072", "14336x4096", "18432x5120", "64x1024x1024")
+FORMATS = {
+    "nvfp4": "NVFP4",
+    "mxfp8": "MXFP8",
+    "fp8": "FP8",
+    "int8-row": "INT8 by row",
+    "int8-row-convrot": "INT8 by row, `--convrot`",
+}
+
+
+def kernel_table() -> str:
+    """Share of the copy bandwidth by case and shape, and the time of the best peer over ours."""
+    results = _read("kernels-h100")
+    rows = [row for row in results["results"] if "case" in row]
+    machine, copy = results["machine"], results["results"][0]["copy_gb_s"]
+    where = f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, commit {machine['commit']}"
+    lines = [
+        f"{where}: % of the {copy:.0f} GB/s of a 1 GiB copy in the same run",
+        "(bf16, inputs read once, outputs written once), CUDA / Triton; in brackets how many times faster CUDA is than",
+        f"{' or '.join(_peers(machine, rows))}.",
+        "",
+        f"| | {' | '.join(SHAPES)} |",
+        "|---|" + "---|" * len(SHAPES),
+    ]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        lines.append(f"| {case} | {' | '.join(_gpu_cell(rows, case, shape) for shape in SHAPES)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _peers(machine: dict, rows: list[dict]) -> list[str]:
+    """The peers that were measured, with the versions that are known."""
+    names = {"kitchen": f"comfy-kitchen {machine.get('comfy-kitchen', '')}".strip(), "torchao": "torchao"}
+    return [name for who, name in names.items() if any(row["who"].startswith(who) for row in rows)]
+
+
+def _best_peer(found: dict[str, dict]) -> float | None:
+    return min((row["us"] for who, row in found.items() if who.startswith(("kitchen", "torchao"))), default=None)
+
+
+def _gpu_cell(rows: list[dict], case: str, shape: str) -> str:
+    found = {row["who"]: row for row in rows if (row["case"], row["shape"]) == (case, shape)}
+    shares = [f"{found[who]['percent_of_copy']:.0f}" for who in ("cuda", "triton") if who in found]
+    peer = _best_peer(found)
+    ratio = f" ({peer / found['cuda']['us']:.1f}×)" if peer and "cuda" in found else ""
+    return " / ".join(shares) + ratio
+
+
+def cpu_table() -> str:
+    """How many times faster the C++ kernels are than the reference and the peer, and their share of a copy."""
+    results = _read("kernels-cpu")
+    rows = [row for row in results["results"] if "case" in row]
+    machine = results["machine"]
+    where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}"
+    lines = [
+        f"{where}, 3072x3072: how many times faster C++ is than plain",
+        f"PyTorch and than comfy-kitchen {machine.get('comfy-kitchen', '')}, and its % of the speed of a copy",
+        "of the same bytes.",
+        "",
+        "| | PyTorch | comfy-kitchen | % of copy |",
+        "|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        found = {row["who"]: row for row in rows if row["case"] == case}
+        if not {"cpu", "reference"} <= found.keys():
+            continue
+        us, peer = found["cpu"]["us"], _best_peer(found)
+        ratio = f"{peer / us:.1f}×" if peer else ""
+        share = f"{found['cpu']['percent_of_copy']:.0f}"
+        lines.append(f"| {case} | {found['reference']['us'] / us:.0f}× | {ratio} | {share} |")
+    return "\n".join(lines) + "\n"
+
+
+def quality_table() -> str:
+    """Error of two models' output by format and method, in units of round-to-nearest."""
+    rows = _read("quality")["results"]
+    measures = {"MiniLM": "minilm", "diffusion, median": "digits_median", "diffusion, all": "digits"}
+    methods = {"`--simple`": "best scales", "learned": "learned (default)"}
+    heads = [f"{name}: {method}" for name in measures for method in methods]
+    lines = [f"| format | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for key, name in FORMATS.items():
+        found = {row["method"]: row for row in rows if row["format"] == key}
+        # Formats without scales to search are rounded to nearest by --simple.
+        made = {how: found.get(method, found["nearest"]) for how, method in methods.items()}
+        cells = [
+            f"{row[measure] / found['nearest'][measure]:.2f}" for measure in measures.values() for row in made.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {"quality": quality_table, "GPU kernels": kernel_table, "CPU kernels": cpu_table}
+"""Tables by the name in their marks."""
+
+
+def _read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def with_tables(readme: str) -> str:
+    """``readme`` with every table between its two marks."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}: benchmarks/readme_tables.py -->\n", f"<!-- end of {name} -->\n"
+        before, rest = readme.split(begin)
+        readme = before + begin + table() + end + rest.split(end)[1]
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(with_tables(path.read_text()))
