@@ -51,10 +51,6 @@ class Format(ABC):
         """The float32 matrix that is rounded: the weight, or its rotation."""
         return w.float()
 
-    def restore(self, prepared: Tensor) -> Tensor:
-        """Inverse of :meth:`prepare`."""
-        return prepared
-
     @abstractmethod
     def quantize(self, w: Tensor, coherence: float | None) -> Tensors:
         """Round to nearest; ``coherence`` = γ of the scale search where there is one, None: scales from amax.

@@ -51,9 +51,6 @@ class Int8(Scaled):
     def prepare(self, w: Tensor) -> Tensor:
         return lrq_kernels.rotate_hadamard(w, self.convrot) if self.convrot else w.float()
 
-    def restore(self, prepared: Tensor) -> Tensor:
-        return lrq_kernels.rotate_hadamard(prepared, self.convrot) if self.convrot else prepared
-
     def quantize(self, w: Tensor, coherence: float | None) -> Tensors:
         codes, scale = lrq_kernels.quantize_int8(w, self.scaling, self.block, None, self.convrot)
         return {"weight": codes, "weight_scale": scale}

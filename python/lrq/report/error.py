@@ -32,16 +32,19 @@ class LayerError:
     """|E0|^2, E0 the error of round-to-nearest with amax scales in the same format."""
     nearest_projected: float
     """|E0 V|^2"""
+    searched_plain: float
+    """|E1|^2, E1 the error of round-to-nearest after the recorded scale search; |E0|^2 if there is none."""
     outlier: float = 0.0
-    """No sum: the largest |E| of :data:`GROUP` neighbours of a row, in units of the largest of |E0|, |E| after the
-    scale search alone, and |W|/10."""
+    """No sum: the largest |E| of :data:`GROUP` neighbours of a row, in units of the largest of their |E0|, |E1| and
+    |W|/10."""
 
     def __add__(self, other: LayerError) -> LayerError:
-        a, b, c, d, e = (x + y for x, y in zip(self._sums(), other._sums(), strict=True))
-        return LayerError(a, b, c, d, e, max(self.outlier, other.outlier))
+        a, b, c, d, e, f = (x + y for x, y in zip(self._sums(), other._sums(), strict=True))
+        return LayerError(a, b, c, d, e, f, max(self.outlier, other.outlier))
 
     def _sums(self) -> tuple[float, ...]:
-        return self.weight, self.plain, self.projected, self.nearest_plain, self.nearest_projected
+        nearest = self.nearest_plain, self.nearest_projected, self.searched_plain
+        return self.weight, self.plain, self.projected, *nearest
 
     @property
     def frobenius(self) -> float:
@@ -82,7 +85,7 @@ def measure(fmt: Format, tensors: Tensors, w: Tensor, rounding: Rounding) -> Lay
         directions = _directions(w, rounding)
         return _sums(w, *_compared(fmt, tensors, w, rounding), directions)
     compared = _compared(fmt, tensors, w, rounding)
-    total = LayerError(0.0, 0.0, 0.0, 0.0, 0.0)
+    total = LayerError(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     for i in range(w.shape[0]):
         stored, nearest, searched = (one[i] for one in compared)
         total += _sums(w[i], stored, nearest, searched, _directions(w[i], rounding))
@@ -107,7 +110,7 @@ def _directions(w: Tensor, rounding: Rounding) -> Tensor:
 
 
 def _sums(w: Tensor, stored: Tensor, nearest: Tensor, searched: Tensor, directions: Tensor) -> LayerError:
-    total = LayerError(0.0, 0.0, 0.0, 0.0, 0.0)
+    total = LayerError(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     rows = max(1, CHUNK // w.shape[1])
     for parts in zip(*(matrix.split(rows) for matrix in (w, stored, nearest, searched)), strict=True):
         # FP64 sources are rounded to float32 before they are quantized: that error counts, too.
@@ -119,6 +122,7 @@ def _sums(w: Tensor, stored: Tensor, nearest: Tensor, searched: Tensor, directio
             _energy(error @ directions),
             _energy(error0),
             _energy(error0 @ directions),
+            _energy(error1),
             _outlier(exact, error, torch.maximum(_groups(error0), _groups(error1))),
         )
     return total

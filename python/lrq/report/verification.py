@@ -164,7 +164,9 @@ def _check_layer(
         return LayerReport(name, fmt.name, shape, None)
     w = source.read(original.name)
     error = measure(fmt, tensors, w, settings.rounding)
-    if error.frobenius_ratio > WORSE_THAN_NEAREST and not _is_price_of_search(fmt, w, error, settings.rounding):
+    # The scale search gives up plain error for less error along the weight: in a few blocks that may be much.
+    allowed = max(error.nearest_plain, error.searched_plain)
+    if error.plain > WORSE_THAN_NEAREST**2 * allowed:
         raise ValueError(
             f"{fmt.name}: relative error {error.frobenius:.4g} is {error.frobenius_ratio:.3g} times that of "
             "round-to-nearest; it was not made from this weight, or wrongly"
@@ -202,13 +204,6 @@ def _as_planned(source: Reader, settings: Conversion, markers: comfyui.Markers) 
             yield f"layer {printable(name)}: its marker is {json.dumps(marker)}, lrq writes {json.dumps(planned[name])}"
         elif name not in planned and f"{name}.weight" in source.entries and not _came_quantized(source, name):
             yield f"layer {printable(name)}: is quantized, though the recorded settings keep it"
-
-
-def _is_price_of_search(fmt: Format, w: torch.Tensor, error: LayerError, rounding: Rounding) -> bool:
-    """The scale search gives up plain error for less error along the weight: in a few blocks that may be much."""
-    stored = fmt.quantize(w.float(), rounding.coherence if rounding.scale_search else None)
-    searched = fmt.dequantize(stored, tuple(w.shape)).double() - w.double()
-    return error.plain <= WORSE_THAN_NEAREST**2 * searched.square().sum().item()
 
 
 def _provenance(output: Reader, source: Reader) -> Iterator[str]:

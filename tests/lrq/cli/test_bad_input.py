@@ -339,25 +339,3 @@ def test_a_read_only_output_is_kept(tmp_path, source, monkeypatch):
     target.write_bytes(b"precious")
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert "read-only" in refuse(tmp_path, "-i", source, "-o", target)
-
-
-def test_output_behind_a_link_is_written_there(tmp_path, source):
-    there, link = tmp_path / "there.safetensors", tmp_path / "link.safetensors"
-    link.symlink_to(there)
-    assert run("convert", "-i", source, "-o", link, "--simple").exit_code == 0
-    assert link.is_symlink() and there.stat().st_size > 0
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_any_encoding_of_the_output_will_do(tmp_path, encoding):
-    source = save(tmp_path / "in.safetensors", {"λ\u2028.weight": normal(16, 16)})
-    output = tmp_path / "out.safetensors"
-    environment = dict(os.environ, PYTHONIOENCODING=encoding)
-    for arguments in (
-        ("convert", "--help"),
-        ("convert", "-i", source, "-o", output, "--verbose"),
-        ("verify", output, "--source", source),
-    ):
-        command = [sys.executable, "-m", "lrq.cli", *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True)
-        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
