@@ -18,6 +18,8 @@ FLOORS = {
     "lrq.formats": 1,
     "lrq.rounding": 1,
     "lrq.plan": 2,
+    "lrq.selection": 2,
+    "lrq.estimate": 2,
     "lrq.pipeline": 2,
     "lrq.checkpoint": 2,
     "lrq.dialects": 2,
@@ -32,6 +34,8 @@ FLOORS = {
 NEVER = {
     "lrq.formats": ("lrq.rounding",),
     "lrq.checkpoint": ("lrq.plan", "lrq.formats", "lrq.rounding"),
+    "lrq.models": ("lrq.plan", "lrq.selection", "lrq.formats"),
+    "lrq.selection": ("lrq.plan", "lrq.rounding"),
     "lrq.run": ("lrq.cli",),
 }
 """Neighbours on one floor that don't know each other: room -> what it may not import."""

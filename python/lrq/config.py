@@ -36,6 +36,10 @@ class Storage:
     convrot_group_size: int | None = _setting(
         None, "Columns of a group, a power of 4 [default: 256, or 64 where K is not a multiple of 256].", minimum=4
     )
+    full_precision_matrix_mult: bool = _setting(
+        False,
+        "Mark the layers so that the loader multiplies in 16 bits: for GPUs or layers that lose too much otherwise.",
+    )
     comfy_quant: bool = _setting(
         True, "Write ComfyUI's markers; lrq always does, the flag is there for existing command lines."
     )
@@ -115,6 +119,39 @@ class Rounding:
             raise InputError(f"--max_k {self.max_k}: must not be below --min_k {self.min_k}; lower both")
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which layers are quantized, and which of them in another format."""
+
+    preset: tuple = _setting((), "Presets by name, or as tables read from files; none: recognised.", flag=False)
+    exclude_layers: str | None = _setting(
+        None, "Regular expression; layers whose name it finds keep their precision.", metavar="REGEX"
+    )
+    fallback: str | None = _setting(
+        None,
+        "Format of layers that are excluded, by a preset or --exclude-layers [default: as they are].",
+        metavar="TYPE",
+    )
+    custom_layers: str | None = _setting(
+        None, "Regular expression; layers whose name it finds are stored as --custom-type.", metavar="REGEX"
+    )
+    custom_type: str | None = _setting(
+        None, "Format of --custom-layers: fp8, fp8-row, int8, int8-row, nvfp4, mxfp8, ...", metavar="TYPE"
+    )
+    layer_config: dict | None = _setting(None, "Formats by regular expression.", flag=False)
+    fullmatch: bool = _setting(False, "Regular expressions must match the whole name of a layer.")
+    heur: bool = _setting(
+        False, "Skip layers that gain little or lose much: too small, no fast matmul, thin, or with errors out of line."
+    )
+    layers: dict | None = _setting(None, "Decisions by the exact name of a layer, above all rules.", flag=False)
+
+    def check(self) -> None:
+        """Raise :class:`InputError` for a combination that has no meaning."""
+        if (self.custom_layers is None) != (self.custom_type is None):
+            given, missing = ("layers", "type") if self.custom_type is None else ("type", "layers")
+            raise InputError(f"--custom_{given}: needs --custom_{missing} as well")
+
+
 _OF_SEARCH = ("scale_search", "coherence")
 _OF_LEARNING = ("num_iter", "top_p", "min_k", "max_k", "plain_weight", "spectrum", "seed")
 
@@ -125,23 +162,22 @@ class Conversion:
 
     storage: Storage = field(default_factory=Storage)
     rounding: Rounding = field(default_factory=Rounding)
-    exclude_layers: str | None = _setting(
-        None, "Regular expression; layers whose name it finds keep their precision.", metavar="REGEX"
-    )
+    selection: Selection = field(default_factory=Selection)
     seed: int = _setting(0, "Seed of the order in which learned rounding visits columns.", minimum=0)
 
     def check(self) -> None:
         """Raise :class:`InputError` for values or combinations that have no meaning."""
-        for part in (self.storage, self.rounding, self):
+        for part in (self.storage, self.rounding, self.selection, self):
             for setting in dataclasses.fields(part):
                 _check_range(setting, getattr(part, setting.name))
         self.storage.check()
         self.rounding.check()
+        self.selection.check()
 
     def settings(self) -> dict[str, Any]:
         """The flat view: every flag by its name."""
         flat = dataclasses.asdict(self)
-        return {**flat.pop("storage"), **flat.pop("rounding"), **flat}
+        return {**flat.pop("storage"), **flat.pop("rounding"), **flat.pop("selection"), **flat}
 
     def without_effect(self) -> list[str]:
         """One line for every setting that was changed, and changes nothing beside the others."""
@@ -163,18 +199,30 @@ class Conversion:
         Raises:
             InputError: an unknown name, or a value out of range.
         """
-        names = {part: {f.name for f in dataclasses.fields(part)} for part in (Storage, Rounding, cls)}
-        known = set().union(*names.values()) - {"storage", "rounding"}
+        names = {part: {f.name for f in dataclasses.fields(part)} for part in (*PARTS, cls)}
+        known = set().union(*names.values()) - {part.__name__.lower() for part in PARTS}
         unknown = sorted(settings.keys() - known)
         if unknown:
             raise InputError(f"{unknown[0]}: no such setting; known are {', '.join(sorted(known))}")
+        if isinstance(settings.get("preset"), list):
+            settings = {**settings, "preset": tuple(settings["preset"])}
         parts = {part: {k: v for k, v in settings.items() if k in names[part]} for part in names}
-        conversion = cls(storage=Storage(**parts[Storage]), rounding=Rounding(**parts[Rounding]), **parts[cls])
+        made = {part.__name__.lower(): part(**parts[part]) for part in PARTS}
+        conversion = cls(**made, **parts[cls])
         conversion.check()
         return conversion
 
 
-_KINDS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,)}
+PARTS: tuple[type, ...] = (Storage, Rounding, Selection)
+"""What a conversion is made of."""
+_KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (float, int),
+    "str": (str,),
+    "dict": (dict,),
+    "tuple": (tuple,),
+}
 
 
 def _check_range(setting: dataclasses.Field[Any], value: Any) -> None:

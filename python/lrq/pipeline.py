@@ -61,7 +61,7 @@ def _run_layer(
             w = w.float()
         _check_values(source, layer, w)
         seed = layer_seed(conversion.seed, layer.name)
-        tensors, outcomes = quantize_layer(layer.format, w, conversion.rounding, seed)
+        tensors, outcomes = quantize_layer(layer.format, w, layer.rounding(conversion.rounding), seed)
     except torch.OutOfMemoryError:
         raise InputError(
             f"layer {printable(layer.name)} {list(layer.source.shape)}: out of memory on {device}; "

@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Container
 from dataclasses import dataclass
-from functools import cache
 
-from lrq.checkpoint.header import Entry, Header, first_duplicate, lay_out
+from lrq.checkpoint.header import Entry, Header, first_duplicate, lay_out, paused_collection
 from lrq.checkpoint.reader import CODES, Reader
-from lrq.config import Conversion, Storage
+from lrq.config import Conversion
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.formats import Format, Shape
-from lrq.formats.fp8 import Fp8
-from lrq.formats.int8 import Int8
-from lrq.formats.mxfp8 import Mxfp8
-from lrq.formats.nvfp4 import Nvfp4
-from lrq.models.policy import FLOAT_DTYPES, SUFFIX, load_policy
+from lrq.models.policy import FLOAT_DTYPES, SUFFIX
+from lrq.models.recognition import Part
+from lrq.selection.decide import Decisions, decide
+from lrq.selection.layer import Layer
 from lrq_kernels._version import __version__
 
 PROVENANCE = "lrq"
 """Header entry that says how the file was made."""
-CONVROT_GROUPS = (256, 64)
-"""Groups tried when none is asked for."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A weight that is quantized."""
-
-    name: str
-    """Module name L; the weight is ``L.weight``."""
-    source: Entry
-    format: Format
-
-    @property
-    def marker(self) -> dict[str, object]:
-        """The keys of its markers."""
-        return comfyui.layer_marker(self.format, self.source.shape)
+ACTS_ON_THE_LAYER = "it would act on the quantized layer"
 
 
 @dataclass(frozen=True)
@@ -53,7 +35,13 @@ class Plan:
     copied: tuple[Entry, ...]
     """Source tensors that are copied byte for byte."""
     dropped: tuple[Entry, ...]
-    """Source tensors that are left out: beside a quantized weight they would mean something else."""
+    """Source tensors that are left out."""
+    why_dropped: dict[str, str]
+    """Reason by tensor."""
+    parts: tuple[Part, ...]
+    """The models of the checkpoint, recognised or not."""
+    policies: dict[str, str]
+    """What is kept where: names of the presets, by prefix of the part."""
     header: Header
     header_bytes: bytes
 
@@ -63,72 +51,30 @@ class Plan:
         return self.header.data_start + self.header.data_size
 
 
-@cache
-def _layout(fmt: Format, shape: Shape) -> list[tuple[str, str, Shape]]:
-    return [(suffix, CODES[dtype], stored) for suffix, (dtype, stored) in fmt.layout(shape).items()]
+def _stored(layer: Layer) -> list[tuple[str, str, Shape]]:
+    """Suffix, dtype and shape of every tensor that stands for a layer."""
+    layout = layer.format.layout(layer.source.shape)
+    stored = [(f".{suffix}", CODES[dtype], shape) for suffix, (dtype, shape) in layout.items()]
+    return [*stored, (f".{comfyui.MARKER}", "U8", (comfyui.marker_tensor(layer.marker).numel(),))]
 
 
-def make_plan(source: Reader, conversion: Conversion) -> Plan:
+def make_plan(source: Reader, conversion: Conversion, allow_empty: bool = False) -> Plan:
     """Plan the conversion of an open checkpoint.
 
+    Args:
+        allow_empty: plan a copy where no layer can be quantized, instead of raising an error.
+
     Raises:
-        InputError: a bad expression, names that collide, or nothing to quantize.
+        InputError: a bad rule, names that collide, or nothing to quantize.
     """
     conversion.check()
     _refuse_legacy(source)
-    excluded = _compile_excluded(conversion.exclude_layers)
-    kept = load_policy().refusals(source.header.entries)
-    refused: dict[str, str] = {}
-    layers = []
-    for entry in source.header.entries:
-        if entry.name in kept:
-            continue
-        name = entry.name.removesuffix(SUFFIX)
-        if excluded is not None and excluded.search(name):
-            kept[entry.name] = "excluded by --exclude-layers"
-            continue
-        chosen = choose_format(conversion.storage, entry.shape)
-        if isinstance(chosen, str):
-            refused[entry.name] = chosen
-        else:
-            layers.append(Layer(name, entry, chosen))
-    if excluded is not None and not any(excluded.search(name) for name in _modules(source)):
-        raise InputError(f"--exclude-layers {printable(conversion.exclude_layers or '')}: finds no layer to exclude")
-    if not layers:
-        raise InputError(f"{source.path}: no layer can be quantized ({_why_none(source, kept, refused)})")
-    return _assemble(source, conversion, tuple(layers), kept, refused)
-
-
-def choose_format(storage: Storage, shape: Shape) -> Format | str:
-    """The format of a weight of this shape, or why it can't take it."""
-    candidates: list[Format]
-    if storage.family == "nvfp4":
-        candidates = [Nvfp4()]
-    elif storage.family == "mxfp8":
-        candidates = [Mxfp8()]
-    elif storage.family == "fp8":
-        candidates = [Fp8(storage.scaling, (storage.block_size or 64) if storage.scaling == "block" else 0)]
-    elif storage.convrot:
-        groups = CONVROT_GROUPS if storage.convrot_group_size is None else (storage.convrot_group_size,)
-        candidates = [Int8("row", 0, group) for group in groups]
-    else:
-        candidates = [Int8(storage.scaling, (storage.block_size or 128) if storage.scaling == "block" else 0)]
-    reasons = [candidate.refusal(shape) for candidate in candidates]
-    accepted = [candidate for candidate, reason in zip(candidates, reasons, strict=True) if reason is None]
-    return accepted[0] if accepted else str(reasons[-1])
-
-
-def _compile_excluded(expression: str | None) -> re.Pattern[str] | None:
-    if expression is None:
-        return None
-    try:
-        return re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"--exclude-layers {printable(expression)}: not a regular expression: {error}") from None
-
-
-def _modules(source: Reader) -> list[str]:
-    return [entry.name.removesuffix(SUFFIX) for entry in source.header.entries if entry.name.endswith(SUFFIX)]
+    with paused_collection():
+        decisions = decide(source.entries, conversion, str(source.path))
+        if not decisions.layers and not allow_empty:
+            reasons = _why_none(source, decisions.kept, decisions.refused)
+            raise InputError(f"{source.path}: no layer can be quantized ({reasons})")
+        return _assemble(source, conversion, tuple(decisions.layers), decisions)
 
 
 def _refuse_legacy(source: Reader) -> None:
@@ -143,55 +89,70 @@ def _refuse_legacy(source: Reader) -> None:
 
 def _why_none(source: Reader, kept: dict[str, str], refused: dict[str, str]) -> str:
     matrices = [e.name for e in source.header.entries if e.name.endswith(SUFFIX) and len(e.shape) >= 2]
-    reasons = sorted({{**kept, **refused}[name] for name in matrices})
+    why = {**kept, **refused}
+    reasons = sorted({why[name] for name in matrices if name in why})
     return "; ".join(reasons) if reasons else "it holds no 2-D *.weight tensor"
 
 
-def _assemble(
-    source: Reader, conversion: Conversion, layers: tuple[Layer, ...], kept: dict[str, str], refused: dict[str, str]
-) -> Plan:
+def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...], decisions: Decisions) -> Plan:
     planned = {layer.source.name: layer for layer in layers}
-    markers = source_markers(source, frozenset(layer.name for layer in layers))
-    _refuse_unmarked(source, markers)
+    markers = source_markers(source, frozenset(layer.name for layer in layers), decisions.dropped.keys())
+    _refuse_unmarked(source, markers, decisions.dropped.keys())
     tensors: list[tuple[str, str, Shape]] = []
     copied, dropped = [], []
+    known: dict[tuple[Format, Shape, bool], tuple[dict[str, object], list[tuple[str, str, Shape]]]] = {}
     foreign = {f"{layer.name}.{suffix}" for layer in layers for suffix in comfyui.ACTIVATIONS}
+    why_dropped = decisions.dropped | dict.fromkeys(foreign & source.entries.keys(), ACTS_ON_THE_LAYER)
     for entry in source.header.entries:
         layer = planned.get(entry.name)
-        if entry.name in foreign:
+        if layer is not None:
+            kind = layer.format, entry.shape, layer.full_precision
+            if kind not in known:
+                known[kind] = layer.marker, _stored(layer)
+            markers[layer.name], stored = known[kind]
+            for suffix, dtype, shape in stored:
+                tensors.append((layer.name + suffix, dtype, shape))
+        elif entry.name in why_dropped:
             dropped.append(entry)
-            continue
-        if layer is None:
+        else:
             copied.append(entry)
             tensors.append((entry.name, entry.dtype, entry.shape))
-            continue
-        markers[layer.name] = layer.marker
-        stored = _layout(layer.format, entry.shape)
-        tensors += [(f"{layer.name}.{suffix}", dtype, shape) for suffix, dtype, shape in stored]
-        marker_size = comfyui.marker_tensor(layer.marker).numel()
-        tensors.append((f"{layer.name}.{comfyui.MARKER}", "U8", (marker_size,)))
-    names = [name for name, _, _ in tensors]
-    if len(set(names)) != len(names):
-        twice = printable(first_duplicate(names))
+    names = {name for name, _, _ in tensors}
+    if len(names) != len(tensors):
+        twice = printable(first_duplicate(name for name, _, _ in tensors))
         raise InputError(f"{source.path}: tensor {twice} stands in the way of a quantized layer")
     metadata = {key: value for key, value in source.header.metadata.items() if key != comfyui.METADATA}
     metadata[comfyui.METADATA] = comfyui.metadata_entry(markers)
-    metadata[PROVENANCE] = _provenance(source, conversion)
+    metadata[PROVENANCE] = _provenance(source, conversion, decisions)
     header, header_bytes = lay_out(tensors, metadata)
-    return Plan(layers, kept, refused, tuple(copied), tuple(dropped), header, header_bytes)
+    policies = {prefix: policy.about for prefix, policy in decisions.policies.items()}
+    return Plan(
+        layers,
+        decisions.kept,
+        decisions.refused,
+        tuple(copied),
+        tuple(dropped),
+        {entry.name: why_dropped[entry.name] for entry in dropped},
+        tuple(decisions.parts),
+        policies,
+        header,
+        header_bytes,
+    )
 
 
-def _refuse_unmarked(source: Reader, markers: comfyui.Markers) -> None:
+def _refuse_unmarked(source: Reader, markers: comfyui.Markers, dropped: Container[str]) -> None:
     for name in source.entries:
-        layer, _, suffix = name.rpartition(".")
-        if suffix == "weight_scale" and layer not in markers:
+        if name.endswith(".weight_scale") and name not in dropped and name.rpartition(".")[0] not in markers:
+            layer = name.rpartition(".")[0]
             raise InputError(
                 f"{source.path}: layer {printable(layer)}: quantized already, but without a marker that says how; "
                 "convert the high-precision original"
             )
 
 
-def source_markers(source: Reader, planned: frozenset[str] = frozenset()) -> comfyui.Markers:
+def source_markers(
+    source: Reader, planned: Container[str] = frozenset(), dropped: Container[str] = frozenset()
+) -> comfyui.Markers:
     """Markers of layers that come quantized and stay so; a stale entry, of a layer that is not, is dropped."""
     try:
         stated = comfyui.read_metadata_entry(source.header.metadata)
@@ -199,12 +160,15 @@ def source_markers(source: Reader, planned: frozenset[str] = frozenset()) -> com
         stated = {}
     markers: comfyui.Markers = {}
     for entry in source.header.entries:
-        name, _, suffix = entry.name.rpartition(".")
-        if suffix == comfyui.MARKER and name not in planned:
-            markers[name] = stated.get(name) or _marker_of(source, entry, name)
-        elif suffix == "weight" and entry.dtype not in FLOAT_DTYPES and name in stated:
-            markers.setdefault(name, stated[name])
-    return {name: marker for name, marker in markers.items() if name not in planned}
+        if entry.name.endswith(f".{comfyui.MARKER}"):
+            name = entry.name.rpartition(".")[0]
+            if name not in planned and entry.name not in dropped:
+                markers[name] = stated.get(name) or _marker_of(source, entry, name)
+        elif stated and entry.name.endswith(SUFFIX) and entry.dtype not in FLOAT_DTYPES and entry.name not in dropped:
+            name = entry.name.removesuffix(SUFFIX)
+            if name in stated and name not in planned:
+                markers.setdefault(name, stated[name])
+    return markers
 
 
 def _marker_of(source: Reader, entry: Entry, name: str) -> dict[str, object]:
@@ -220,11 +184,21 @@ def _marker_of(source: Reader, entry: Entry, name: str) -> dict[str, object]:
     return marker
 
 
-def _provenance(source: Reader, conversion: Conversion) -> str:
+def _provenance(source: Reader, conversion: Conversion, decisions: Decisions) -> str:
+    models = [
+        {
+            "prefix": part.prefix,
+            "family": part.family or None,
+            "preset": None if part.preset is None else part.preset.name,
+            "policy": decisions.policies[part.prefix].about,
+        }
+        for part in decisions.parts
+    ]
     return json.dumps(
         {
             "version": __version__,
             "settings": conversion.settings(),
+            "models": models,
             "source": {"name": source.path.name, "size": source.size, "header_sha256": source.header_sha256},
         }
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,15 @@ from lrq.checkpoint.writer import Writer
 from lrq.config import Conversion
 from lrq.errors import InputError, printable
 from lrq.formats import STOCK
+from lrq.models.recognition import Part
 from lrq.pipeline import LayerResult, OnLayer, run_plan
 from lrq.plan import Plan, make_plan
 from lrq.report.verification import LayerReport, Verification, verify_file
+from lrq.selection.heuristics import out_of_line
+from lrq.selection.resolve import resolve
+
+FEW = 3
+"""Tensors that are left out for one reason are named one by one up to this number."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,11 @@ def quantize(
 
         convert_to_quant -i source -o output --nvfp4 --simple
     """
-    conversion = Conversion.from_settings({**(conversion or Conversion()).settings(), **settings})
-    conversion.check()
+    conversion = Conversion.from_settings({**(conversion or Conversion()).settings(), **resolve(settings)})
     chosen = choose_device(device)
     with Reader(source) as reader:
+        if conversion.selection.heur:
+            conversion = measure_layers(reader, conversion, chosen)
         plan = make_plan(reader, conversion)
         target = default_output(reader.path, plan) if output is None else _target_of(output)
         _check_target(target, reader.path)
@@ -81,12 +88,25 @@ def quantize(
         return Summary(target, layers, plan.kept, plan.refused, said, reader.size, plan.output_size)
 
 
+def measure_layers(
+    source: Reader, conversion: Conversion, device: torch.device, on_layer: Callable[[str], None] = lambda name: None
+) -> Conversion:
+    """The measured part of --heur: the conversion with a decision for every layer whose error is out of line."""
+    planned = [layer for layer in make_plan(source, conversion).layers if layer.why == ""]
+    formats = [(layer.name, layer.format) for layer in planned]
+    reasons = out_of_line(formats, lambda name: source.read(f"{name}.weight").to(device), on_layer)
+    skips = {name: {"skip": True, "_why": why} for name, why in reasons.items()}
+    selection = replace(conversion.selection, layers={**(conversion.selection.layers or {}), **skips} or None)
+    return replace(conversion, selection=selection)
+
+
 def notices(plan: Plan, conversion: Conversion) -> list[str]:
     """One line for every format that stock ComfyUI can't load, tensor that is left out, and setting without effect."""
     needs = sorted({(layer.format.name, layer.format.loader) for layer in plan.layers if layer.format.loader != STOCK})
     return [
         *(f"{name} is read by {loader}; {STOCK} can't load this file" for name, loader in needs),
-        *(f"{printable(entry.name)} is left out: it would act on the quantized layer" for entry in plan.dropped),
+        *_left_out(plan),
+        *(_unrecognised(part) for part in plan.parts if part.preset is None and _has_layers(plan, part)),
         *conversion.without_effect(),
     ]
 
@@ -94,6 +114,24 @@ def notices(plan: Plan, conversion: Conversion) -> list[str]:
 def default_output(source: Path, plan: Plan) -> Path:
     """``<source>-<format>.safetensors`` beside the source."""
     return source.with_name(f"{source.name.removesuffix('.safetensors')}-{plan.layers[0].format.name}.safetensors")
+
+
+def _left_out(plan: Plan) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for entry in plan.dropped:
+        reasons.setdefault(plan.why_dropped[entry.name], []).append(printable(entry.name))
+    few = [f"{name} is left out: {why}" for why, names in reasons.items() if len(names) <= FEW for name in names]
+    many = {why: names for why, names in reasons.items() if len(names) > FEW}
+    return few + [f"{len(names)} tensors ({names[0]}, ...) are left out: {why}" for why, names in many.items()]
+
+
+def _has_layers(plan: Plan, part: Part) -> bool:
+    return any(layer.name.startswith(part.prefix) for layer in plan.layers)
+
+
+def _unrecognised(part: Part) -> str:
+    where = f" in {printable(part.prefix)}*" if part.prefix else ""
+    return f"model not recognised{where}; the generic policy chose its layers: see --verbose, or name a --preset"
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

@@ -6,13 +6,16 @@ then the data; tensors cover it without gap or overlap (safetensors README, "For
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring as _to_json_string
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO, NamedTuple
 
 from lrq.errors import InputError, printable
 
@@ -32,8 +35,7 @@ MAX_DIMENSIONS = 64
 """The limit of torch's operations; it also bounds the digits of a size that a header can claim."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor: ``begin`` and ``end`` are bytes from the start of the data."""
 
     name: str
@@ -63,6 +65,21 @@ class Header:
         return max((entry.end for entry in self.entries), default=0)
 
 
+@contextmanager
+def paused_collection() -> Iterator[None]:
+    """Without garbage collection, which would walk the many small objects of a large header or plan again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            # There and back: what was made meanwhile is old from the start, and not walked at once.
+            gc.freeze()
+            gc.unfreeze()
+            gc.enable()
+
+
 def lay_out(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[Header, bytes]:
     """Place (name, dtype, shape) tensors one after the other; the header and its bytes.
 
@@ -74,14 +91,19 @@ def lay_out(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str,
     """
     ordered = sorted(tensors, key=lambda tensor: -BITS[tensor[1]])
     entries, offset = [], 0
+    # Written here, and once for every shape: a generic writer takes as long as all other planning of 100,000 tensors.
+    records = [f'"__metadata__":{_to_json(metadata)}'] if metadata else []
+    known: dict[tuple[str, tuple[int, ...]], tuple[int, str]] = {}
     for name, dtype, shape in ordered:
-        end = offset + tensor_size(dtype, shape)
-        entries.append(Entry(name, dtype, tuple(shape), offset, end))
+        if (dtype, shape) not in known:
+            sides = ",".join(map(str, shape))
+            known[dtype, shape] = tensor_size(dtype, shape), f':{{"dtype":"{dtype}","shape":[{sides}],"data_offsets":['
+        size, record = known[dtype, shape]
+        end = offset + size
+        entries.append(Entry(name, dtype, shape, offset, end))
+        records.append(f"{_to_json_string(name)}{record}{offset},{end}]}}")
         offset = end
-    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    for entry in entries:
-        table[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [entry.begin, entry.end]}
-    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text = "{{{}}}".format(",".join(records)).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise InputError(
@@ -91,7 +113,11 @@ def lay_out(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str,
     return Header(tuple(entries), metadata, 8 + len(text)), len(text).to_bytes(8, "little") + text
 
 
-def tensor_size(dtype: str, shape: tuple[int, ...]) -> int:
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def tensor_size(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor."""
     return (math.prod(shape) * BITS[dtype] + 7) // 8
 
@@ -115,7 +141,8 @@ def read_header(file: BinaryIO, path: Path) -> tuple[Header, bytes]:
     if length > size - 8:
         raise InputError(f"{path}: not a safetensors file, or truncated (header of {length} bytes, file of {size})")
     text = file.read(length)
-    header = parse_header(text, path)
+    with paused_collection():
+        header = parse_header(text, path)
     missing = header.data_start + header.data_size - size
     if missing > 0:
         raise InputError(f"{path}: truncated, {missing} bytes are missing at the end; download or copy it again")
@@ -161,25 +188,34 @@ def first_duplicate(names: Iterable[str]) -> str:
     return Counter(names).most_common(1)[0][0]
 
 
+class _Where(NamedTuple):
+    """The tensor at fault, for an error: put into words only when there is one."""
+
+    path: Path
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: header: tensor {printable(self.name)}"
+
+
 def _entry(name: str, record: Any, path: Path) -> Entry:
-    where = f"{path}: header: tensor {printable(name)}"
+    where = _Where(path, name)
     if not isinstance(record, dict):
         raise InputError(f"{where}: not an object")
     dtype, shape, offsets = record.get("dtype"), record.get("shape"), record.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise InputError(f"{where}: unknown dtype {printable(str(dtype))}")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
+    lists = isinstance(shape, list) and isinstance(offsets, list)
+    if not lists or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS or not _naturals((*shape, *offsets)):
         raise InputError(f"{where}: shape and data_offsets must be lists of natural numbers")
-    if offsets[1] - offsets[0] != tensor_size(dtype, tuple(shape)):
-        raise InputError(
-            f"{where}: {dtype} {shape} takes {tensor_size(dtype, tuple(shape))} bytes, "
-            f"data_offsets give {offsets[1] - offsets[0]}"
-        )
+    size = tensor_size(dtype, shape)
+    if offsets[1] - offsets[0] != size:
+        raise InputError(f"{where}: {dtype} {shape} takes {size} bytes, data_offsets give {offsets[1] - offsets[0]}")
     return Entry(name, dtype, tuple(shape), *offsets)
 
 
-def _naturals(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+def _naturals(values: tuple[Any, ...]) -> bool:
+    return set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 1 << 63
 
 
 def _first_line(error: BaseException) -> str:

@@ -73,21 +73,42 @@ def main() -> None:
 @click.option("-i", "--input", "source", required=True, metavar="FILE", help="The .safetensors checkpoint to convert.")
 @click.option("-o", "--output", metavar="FILE", help="The file to write [default: <input>-<format>.safetensors].")
 @configuration_options
+@click.option("--plan", "plan_file", metavar="FILE", help="Do what a plan says (lrq plan IN --json > FILE).")
+@click.option(
+    "--dry-run",
+    is_flag=False,
+    flag_value="plan",
+    type=click.Choice(["plan", "create-template"]),
+    help="Plan only; create-template writes a --layer-config to edit.",
+)
 @click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu, cuda, cuda:1, ...")
 @click.option("--verbose", is_flag=True, help="Say of every tensor what becomes of it, and why.")
 @click.version_option(__version__, prog_name="lrq")
-def convert_to_quant(source: str, output: str | None, device: str, verbose: bool, **settings: Any) -> None:
+@click.pass_context
+def convert_to_quant(
+    ctx: click.Context,
+    source: str,
+    output: str | None,
+    plan_file: str | None,
+    dry_run: str | None,
+    device: str,
+    verbose: bool,
+    **settings: Any,
+) -> None:
     """Convert a checkpoint: linear layers to a low-precision format, the rest bit for bit.
 
     \b
     Example:
       convert_to_quant -i model.safetensors --nvfp4 --comfy_quant
     """
+    from lrq.cli import planning
     from lrq.cli.progress import Progress
-    from lrq.config import Conversion
 
     def work() -> None:
-        conversion = Conversion.from_settings(settings)
+        conversion = planning.conversion_of(ctx, settings, source, plan_file)
+        if dry_run is not None:
+            planning.dry_run(source, conversion, device, dry_run, output)
+            return
         from lrq.run import quantize
 
         with Progress(verbose) as progress:
@@ -100,6 +121,29 @@ def convert_to_quant(source: str, output: str | None, device: str, verbose: bool
                 on_layer=progress.on_layer,
             )
         progress.summarise(summary)
+
+    _guarded(work)
+
+
+@main.command(cls=DashCommand)
+@click.argument("source", metavar="IN")
+@configuration_options
+@click.option("--device", default="auto", show_default=True, help="Where it would be computed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON; lrq convert --plan takes it.")
+@click.option("--verbose", is_flag=True, help="Say of every layer what becomes of it, not of every kind of layer.")
+@click.pass_context
+def plan(ctx: click.Context, source: str, device: str, as_json: bool, verbose: bool, **settings: Any) -> None:
+    """Say what a conversion would do, from the header alone: layers, bytes, memory, time. Options as of convert.
+
+    \b
+    Example:
+      lrq plan model.safetensors --nvfp4
+    """
+    from lrq.cli import planning
+
+    def work() -> None:
+        conversion = planning.conversion_of(ctx, settings, source, None)
+        planning.print_plan(source, conversion, device, as_json, verbose)
 
     _guarded(work)
 

@@ -11,8 +11,12 @@ from typing import IO, Any
 
 import click
 
-from lrq.config import Conversion, Rounding, Storage
+from lrq.config import PARTS, Conversion
 from lrq.errors import printable
+from lrq.models.preset import by_flag, presets
+
+PRESETS = "lrq.presets"
+"""Where flags of presets are gathered."""
 
 
 class AnyCharacter(click.Command):
@@ -68,12 +72,42 @@ def _spelled(arg: str, known: set[str]) -> str:
 
 
 def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add a flag for every field of the configuration."""
-    for part in (Conversion, Rounding, Storage):
+    """Add a flag for every field of the configuration, and one for every preset."""
+    inner = {part.__name__.lower() for part in PARTS}
+    for part in (Conversion, *reversed(PARTS)):
         for setting in reversed(dataclasses.fields(part)):
-            if setting.name not in ("storage", "rounding") and setting.metadata.get("flag", True):
+            if setting.name not in inner and setting.metadata.get("flag", True):
                 command = _option(setting)(command)
-    return command
+    return preset_options(command)
+
+
+def preset_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--preset``, a flag for every preset, and ``--layer-config``."""
+    command = click.option(
+        "--layer_config", metavar="FILE", help="JSON: regular expressions of layer names, each with format or skip."
+    )(command)
+    for name in by_flag():
+        command = click.option(f"--{name}", is_flag=True, expose_value=False, hidden=True, callback=_add_preset)(
+            command
+        )
+    known = " ".join(f"--{flag}" for preset in presets().values() for flag in preset.flags[:1])
+    return click.option(
+        "--preset",
+        multiple=True,
+        metavar="NAME|FILE|none",
+        help="What is known of the model, by name or as a TOML file; several combine [default: recognised]. "
+        f"Each is a flag, too: {known}.",
+    )(command)
+
+
+def _add_preset(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta.setdefault(PRESETS, []).append(str(param.opts[0]).removeprefix("--"))
+
+
+def given_settings(ctx: click.Context, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a command line; presets that were given as flags are among them."""
+    return {**settings, "preset": (*settings["preset"], *ctx.meta.get(PRESETS, ()))}
 
 
 def _option(setting: dataclasses.Field[Any]) -> Callable[..., Any]:

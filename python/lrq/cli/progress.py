@@ -30,6 +30,14 @@ def sized(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def model_line(prefix: str, about: str, preset: str | None, policy: str) -> str:
+    """What a part of the checkpoint was recognised as, and what is kept in it if that is not its preset."""
+    where = f"{printable(prefix)}*: " if prefix else ""
+    known = f"{about} (preset {preset})" if preset else about
+    other = "" if policy == about else f"; kept by: {printable(policy) or 'no preset'}"
+    return f"model: {where}{known}{other}"
+
+
 class Progress:
     """A bar on a terminal, nothing elsewhere; with ``verbose`` a line for every tensor."""
 
@@ -45,6 +53,7 @@ class Progress:
         )
         self.bar = Bar(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.started = time.monotonic()
+        self.models: list[str] = []
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -57,6 +66,13 @@ class Progress:
 
     def on_plan(self, plan: Plan) -> None:
         """Start the bar; with ``verbose`` say what is kept."""
+        self.models = [
+            model_line(part.prefix, part.about, part.preset and part.preset.name, plan.policies[part.prefix])
+            for part in plan.parts
+        ]
+        # Where only the result is read, it comes with the result: a run that fails says one line.
+        if self.console.is_terminal or self.verbose:
+            self._say_models()
         self.task = self.bar.add_task("quantizing", total=len(plan.layers), layer="")
         if self.verbose:
             for name, reason in sorted({**plan.kept, **plan.refused}.items()):
@@ -76,6 +92,7 @@ class Progress:
 
     def summarise(self, summary: Summary) -> None:
         """The last words: what was written, what stayed and why."""
+        self._say_models()
         for name, reason in sorted(summary.refused.items()):
             self._say(f"kept as it is  {printable(name)}: {reason}")
         for notice in summary.notices:
@@ -88,6 +105,11 @@ class Progress:
         saved = f"{sized(summary.source_size)} -> {sized(summary.output_size)}"
         seconds = time.monotonic() - self.started
         self._say(f"{printable(str(summary.output))}: {saved} in {seconds:.1f} s")
+
+    def _say_models(self) -> None:
+        for line in self.models:
+            self._say(line)
+        self.models = []
 
     def _say(self, line: str) -> None:
         self.console.print(Text(line))

@@ -33,9 +33,10 @@ _ENOUGH = 200
 """Width of tables that are piped into a file: nothing is cut."""
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_ENOUGH)
+def console() -> Console:
+    """The terminal; for a pipe or a file wide enough that nothing is cut."""
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=_ENOUGH)
 
 
 def _numbers(error: LayerError | None) -> list[str]:
@@ -75,9 +76,9 @@ def print_verification(result: Verification, path: Path, as_json: bool) -> None:
 
 
 def _print_table(result: Verification) -> None:
-    console = _console()
+    terminal = console()
     measured = result.total is not None
-    narrow = console.width < _NARROW
+    narrow = terminal.width < _NARROW
     headers = {name: name.replace(" / ", " /\n") for name in _COLUMNS}
     table = Table("layer", "format", "shape", *headers.values(), box=SIMPLE if narrow else HEAVY_HEAD)
     for column in table.columns[3:]:
@@ -91,7 +92,7 @@ def _print_table(result: Verification) -> None:
     dropped |= set() if measured else set(range(3, 3 + len(_COLUMNS)))
     table.columns = [column for i, column in enumerate(table.columns) if i not in dropped]
     table.columns[0].overflow = "fold"
-    console.print(table)
+    terminal.print(table)
     if measured:
         click.echo(f"{result.unchanged} tensors unchanged")
 
@@ -107,4 +108,4 @@ def print_backends(as_json: bool) -> None:
     table = Table("operation", *BACKENDS)
     for operation, kernels in found.items():
         table.add_row(operation, *(kernels[backend] for backend in BACKENDS))
-    _console().print(table)
+    console().print(table)

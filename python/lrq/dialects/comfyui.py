@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lrq.formats import Format, Shape
+from lrq.formats import STOCK, Format, Shape
 
 MARKER = "comfy_quant"
 METADATA = "_quantization_metadata"
@@ -29,9 +29,27 @@ Markers = dict[str, dict[str, Any]]
 """Marker keys by layer."""
 
 
-def layer_marker(fmt: Format, shape: Shape) -> dict[str, Any]:
-    """The marker of one layer of weight [N,K] or [E,N,K]."""
-    return fmt.marker() | ({"num_experts": shape[0]} if len(shape) == 3 else {})
+def layer_marker(fmt: Format, shape: Shape, full_precision: bool = False) -> dict[str, Any]:
+    """The marker of one layer of weight [N,K] or [E,N,K]; ``full_precision``: the loader multiplies in 16 bits."""
+    keys = fmt.marker() | ({"num_experts": shape[0]} if len(shape) == 3 else {})
+    return keys | {"full_precision_matrix_mult": True} if full_precision else keys
+
+
+def full_precision_reason(fmt: Format, shape: Shape) -> str | None:
+    """Why ComfyUI dequantizes a layer of weight [N,K] instead of multiplying in low precision; None if it does not.
+
+    Sections 2 and 3 of the on-disk contract; ``torch._int_mm`` takes multiples of 8.
+    """
+    rows, columns = shape[-2:]
+    if fmt.loader != STOCK:
+        return f"{fmt.name} is read by a custom node"
+    name = str(fmt.marker()["format"])
+    if name == "nvfp4" and -(-columns // 16) * 16 % 32:
+        return f"K padded to 16 must be a multiple of 32, got {-(-columns // 16) * 16}"
+    multiple = {"float8_e4m3fn": 16, "int8_tensorwise": 8}.get(name, 1)
+    if rows % multiple or columns % multiple:
+        return f"N and K must be multiples of {multiple}, got {rows} x {columns}"
+    return None
 
 
 def check_marker(marker: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 SUFFIX = ".weight"
 NOT_A_WEIGHT = "not a matrix of weights"
 OUTSIDE = "outside of the numbered blocks"
-QUANTIZED_SIBLINGS = ("comfy_quant", "weight_scale", "scale_weight", "weight_s_rel")
+QUANTIZED_SIBLINGS = (".comfy_quant", ".weight_scale", ".scale_weight", ".weight_s_rel")
 """A weight beside one of these is quantized already, whatever its dtype."""
 
 
@@ -80,14 +80,13 @@ class Policy:
         """Whether a tensor, whatever it is, is left out."""
         return bool(self.drop) and self.verdict(name).action == "drop"
 
-    def impossible(self, entry: Entry, names: Collection[str]) -> str | None:
-        """Why a tensor can't be quantized, whoever asks; None if it can."""
+    def impossible(self, entry: Entry, done: Collection[str]) -> str | None:
+        """Why a tensor can't be quantized, whoever asks; None if it can. ``done``: modules that are quantized already."""
         if len(entry.shape) < 2 or not entry.name.endswith(SUFFIX):
             return NOT_A_WEIGHT
         module = entry.name.removesuffix(SUFFIX)
-        for sibling in QUANTIZED_SIBLINGS:
-            if f"{module}.{sibling}" in names:
-                return "quantized already"
+        if module in done:
+            return "quantized already"
         if entry.dtype not in FLOAT_DTYPES:
             return f"{entry.dtype}"
         is_bank = len(entry.shape) == 3 and self.banks.finds(module)
@@ -98,10 +97,10 @@ class Policy:
     def refusals(self, entries: Iterable[Entry], prefix: str = "") -> dict[str, str]:
         """For every tensor of a model that is not to be quantized, the reason."""
         entries = list(entries)
-        names = {entry.name for entry in entries}
+        done = quantized_modules(entry.name for entry in entries)
         refused = {}
         for entry in entries:
-            why = self.impossible(entry, names)
+            why = self.impossible(entry, done)
             if why is None:
                 verdict = self.verdict(entry.name.removeprefix(prefix).removesuffix(SUFFIX))
                 why = None if verdict.action == "quantize" else verdict.why
@@ -131,6 +130,11 @@ class Policy:
         return weights.keys() - inside
 
 
+def quantized_modules(names: Iterable[str]) -> set[str]:
+    """Modules whose weight is quantized already."""
+    return {name.rpartition(".")[0] for name in names if name.endswith(QUANTIZED_SIBLINGS)}
+
+
 @cache
 def load_policy() -> Policy:
     """The policy for a model that no preset is known of."""
@@ -144,5 +148,7 @@ def policy_of(presets: Collection[Preset]) -> Policy:
     """The policy of some presets together; of none: only what can't be quantized is kept."""
     generic = load_policy()
     about = " + ".join(preset.about for preset in presets)
-    keep, drop, rules = ([rule for preset in presets for rule in getattr(preset, kind)] for kind in ("keep", "drop", "rules"))
+    keep, drop, rules = (
+        [rule for preset in presets for rule in getattr(preset, kind)] for kind in ("keep", "drop", "rules")
+    )
     return Policy(about, generic.always, tuple(keep), tuple(drop), tuple(rules), generic.banks)

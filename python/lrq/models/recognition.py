@@ -43,10 +43,10 @@ def recognise(entries: Mapping[str, Entry]) -> list[Part]:
     parts: dict[str, Part] = {}
     for prefix, preset, identity in sorted(_claims(entries), key=lambda claim: -len(claim[2].keys)):
         parts.setdefault(prefix, Part(prefix, preset, identity.family or preset.family))
-    prefixes = tuple(parts)
+    prefixes, inner = tuple(parts), tuple(filter(None, parts))
     for name in entries:
-        start = _component(name)
-        if not name.startswith(prefixes) or (start and "" in parts and not name.startswith(_nonempty(prefixes))):
+        if not name.startswith(prefixes) or (name.startswith(COMPONENTS) and not name.startswith(inner)):
+            start = _component(name)
             whole = presets()["vae"] if start in NEVER_QUANTIZED else None
             parts.setdefault(start, Part(start, whole, "vae" if whole else ""))
     return [parts[prefix] for prefix in sorted(parts)]
@@ -66,10 +66,6 @@ def assign(parts: list[Part], entries: Iterable[Entry]) -> dict[str, list[Entry]
     for entry in entries:
         assigned[next(prefix for prefix in longest if entry.name.startswith(prefix))].append(entry)
     return assigned
-
-
-def _nonempty(prefixes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(filter(None, prefixes))
 
 
 def _component(name: str) -> str:

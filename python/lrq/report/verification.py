@@ -16,7 +16,7 @@ from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.formats import Format, Shape, Tensors, read_format
 from lrq.models.policy import FLOAT_DTYPES
-from lrq.plan import PROVENANCE, make_plan, recorded, source_markers
+from lrq.plan import PROVENANCE, Plan, make_plan, recorded, source_markers
 from lrq.report.error import GROUP, LayerError, measure
 from lrq.report.stored import check_dimensions, check_values, read_tensors, same_bytes, stored_shape
 
@@ -71,11 +71,18 @@ def verify_file(
     provenance = output.header.metadata.get(PROVENANCE)
     settings = recorded(provenance) or Conversion()
     own = recorded(provenance, of_this_version=True) is not None
-    if own and source is not None:
-        result.failures += _as_planned(source, settings, markers)
+    plan: Plan | None = None
+    if source is not None and recorded(provenance) is not None:
+        try:
+            plan = make_plan(source, settings)
+        except InputError as error:
+            result.failures += [f"header: the recorded settings do not fit the source: {error}"] if own else []
+    if own and source is not None and plan is not None:
+        result.failures += _as_planned(source, plan, markers)
+    rounding = {layer.name: layer.rounding(settings.rounding) for layer in plan.layers} if plan else {}
     for name, marker in markers.items():
         try:
-            layer = _check_layer(output, source, name, marker, settings, own)
+            layer = _check_layer(output, source, name, marker, rounding.get(name, settings.rounding), own)
         except ValueError as error:
             result.failures.append(f"layer {printable(name)}: {error}")
             continue
@@ -84,7 +91,8 @@ def verify_file(
     if source is not None:
         result.failures += _provenance(output, source)
         quantized = {layer.name for layer in result.layers} | markers.keys()
-        result.failures += _compare(output, source, quantized, result)
+        dropped = frozenset(plan.why_dropped) if plan else frozenset()
+        result.failures += _compare(output, source, quantized, dropped, result)
     if not markers:
         result.failures.append("no layer is quantized: the file has no marker")
     return result
@@ -138,7 +146,7 @@ def _unmarked(output: Reader, markers: comfyui.Markers) -> Iterator[str]:
 
 
 def _check_layer(
-    output: Reader, source: Reader | None, name: str, marker: dict[str, Any], settings: Conversion, own: bool
+    output: Reader, source: Reader | None, name: str, marker: dict[str, Any], rounding: Rounding, own: bool
 ) -> LayerReport:
     entries = {suffix: output.entries.get(f"{name}.{suffix}") for suffix in comfyui.STORED}
     shapes = {suffix: entry.shape for suffix, entry in entries.items() if entry is not None}
@@ -163,7 +171,7 @@ def _check_layer(
     if original is None or source is None:
         return LayerReport(name, fmt.name, shape, None)
     w = source.read(original.name)
-    error = measure(fmt, tensors, w, settings.rounding)
+    error = measure(fmt, tensors, w, rounding)
     # The scale search gives up plain error for less error along the weight: in a few blocks that may be much.
     allowed = max(error.nearest_plain, error.searched_plain)
     if error.plain > WORSE_THAN_NEAREST**2 * allowed:
@@ -177,7 +185,7 @@ def _check_layer(
             "some bytes are not those that were written"
         )
     if own:
-        _check_own(fmt, tensors, w, settings.rounding)
+        _check_own(fmt, tensors, w, rounding)
     return LayerReport(name, fmt.name, shape, error)
 
 
@@ -190,13 +198,9 @@ def _check_own(fmt: Format, tensors: Tensors, w: torch.Tensor, rounding: Roundin
             raise ValueError(f"{suffix} is not what the recorded settings give for the source's weight")
 
 
-def _as_planned(source: Reader, settings: Conversion, markers: comfyui.Markers) -> Iterator[str]:
+def _as_planned(source: Reader, plan: Plan, markers: comfyui.Markers) -> Iterator[str]:
     """Which layers are quantized, and their markers, follow from the source and the settings."""
-    try:
-        planned = {layer.name: layer.marker for layer in make_plan(source, settings).layers}
-    except InputError as error:
-        yield f"header: the recorded settings do not fit the source: {error}"
-        return
+    planned = {layer.name: layer.marker for layer in plan.layers}
     for name in sorted(planned.keys() - markers.keys()):
         yield f"layer {printable(name)}: is not quantized, though the recorded settings quantize it"
     for name, marker in markers.items():
@@ -218,14 +222,16 @@ def _provenance(output: Reader, source: Reader) -> Iterator[str]:
         yield f"header: the file was made from another source than {source.path}"
 
 
-def _compare(output: Reader, source: Reader, quantized: set[str], result: Verification) -> Iterator[str]:
-    """Every tensor of the source must be there, unchanged unless quantized; nothing else may be there."""
+def _compare(
+    output: Reader, source: Reader, quantized: set[str], dropped: frozenset[str], result: Verification
+) -> Iterator[str]:
+    """Every tensor of the source must be there but for the dropped, unchanged unless quantized; nothing else may be."""
     written = {f"{name}.{suffix}" for name in quantized for suffix in (*comfyui.STORED, comfyui.MARKER)}
     for entry in source.header.entries:
         mine, where = output.entries.get(entry.name), f"tensor {printable(entry.name)}"
         if mine is None:
             layer, _, suffix = entry.name.rpartition(".")
-            if suffix not in comfyui.ACTIVATIONS or layer not in quantized:
+            if entry.name not in dropped and (suffix not in comfyui.ACTIVATIONS or layer not in quantized):
                 yield f"{where}: is missing"
         elif entry.name in written and entry.dtype in FLOAT_DTYPES and entry.name.endswith(".weight"):
             continue

@@ -180,8 +180,23 @@ COMBINATIONS = {
     "--device nonsense": "--device nonsense",
     "--device meta": "--device meta: holds no data",
     "--device hpu": "--device hpu",
-    "--heur": "No such option",
-    "--preset flux": "No such option",
+    "--heur": "no layer can be quantized (too small to gain: 2048 weights, under 65536)",
+    "--preset flux": "--preset flux1: finds no layer in",
+    "--preset nosuch": "--preset nosuch: no such preset; known are",
+    "--preset qwen_imag": "did you mean qwen_image?",
+    "--preset none --wan": "--preset none: has no meaning beside another preset",
+    "--preset missing.toml": "--preset missing.toml: can't be read",
+    "--layer-config missing.json": "--layer-config missing.json: can't be read",
+    "--custom-layers fc": "--custom_layers: needs --custom_type as well",
+    "--custom-type fp8": "--custom_type: needs --custom_layers as well",
+    "--custom-layers fc --custom-type nvfp5": "no such format 'nvfp5'; did you mean nvfp4?",
+    "--custom-layers fd --custom-type fp8": "finds no layer in",
+    "--fallback f8": "--fallback: no such format 'f8'; did you mean fp8?",
+    "--exclude-layers fd": "the nearest name is fc",
+    "--fullmatch --exclude-layers fc": "finds no layer to exclude",
+    "--plan missing.json": "--plan missing.json: can't be read",
+    "--plan missing.json --nvfp4": "--plan missing.json: has all settings; leave --nvfp4 away",
+    "--dry-run nothing": "'nothing' is not one of",
     "--no-such-flag": "No such option",
     "stray": "unexpected extra argument",
     "--block_size": "requires an argument",
@@ -254,6 +269,7 @@ def test_signals_leave_no_file(tmp_path):
         flags = ("-o", folder / "out.safetensors", "--simple", "--verbose")
         running[number, folder] = process("convert", "-i", source, *flags, preexec_fn=heed_signals)
     for (number, folder), one in running.items():
+        assert one.stderr.readline().startswith("model: not recognised")
         assert one.stderr.readline().startswith("fp8  blocks.0.")
         (partial,) = folder.iterdir()
         assert partial.name.endswith(".partial")

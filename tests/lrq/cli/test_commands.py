@@ -217,7 +217,7 @@ def test_help_version_and_backends():
 
 def test_a_narrow_terminal_keeps_the_names_of_layers_whole(tmp_path, source, monkeypatch):
     convert(source, tmp_path / "out.safetensors", "--nvfp4", "--simple")
-    monkeypatch.setattr(tables, "_console", lambda: Console(width=80))
+    monkeypatch.setattr(tables, "console", lambda: Console(width=80))
     result = run("verify", tmp_path / "out.safetensors", "--source", source)
     assert all(layer in result.stdout for layer in LAYERS)
     assert max(map(len, result.stdout.splitlines())) <= 80 + len(str(tmp_path))

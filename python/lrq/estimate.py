@@ -1,0 +1,91 @@
+"""What a conversion will need: memory from the plan, time from a small calibration of this machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from lrq.config import Conversion, Rounding
+from lrq.formats import Format
+from lrq.plan import Plan
+from lrq.rounding.solve import quantize_layer
+from lrq.selection.layer import Layer
+
+DISK = 5e8
+"""Bytes a second that are read and written; a guess: measuring it would touch the disk."""
+LEARNING, NEAREST = 7.0, 2.0
+"""Largest layer in float32, times this, is what one layer needs at most."""
+PROCESS = 400_000_000
+"""Bytes of the process with torch loaded."""
+_SIDE, _LEARNED_SIDE = 512, 256
+"""Sides of the matrices of the calibration."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predicted need of a run."""
+
+    host_bytes: int
+    """Peak memory of the process."""
+    gpu_bytes: int
+    """Peak memory of the GPU; 0 on the CPU."""
+    seconds: float
+
+
+def estimate(plan: Plan, conversion: Conversion, device: torch.device) -> Estimate:
+    """Predict memory and time of a conversion on a device."""
+    work = max((_layer_bytes(layer, conversion.rounding) for layer in plan.layers), default=0)
+    source = max((layer.source.size for layer in plan.layers), default=0)
+    on_gpu = device.type != "cpu"
+    host = PROCESS + plan.header.data_start + len(plan.header_bytes) + (source if on_gpu else work)
+    seconds = sum(_layer_seconds(layer, conversion.rounding, device) for layer in plan.layers)
+    moved = plan.output_size + sum(layer.source.size for layer in plan.layers) + sum(e.size for e in plan.copied)
+    return Estimate(host, work + source if on_gpu else 0, seconds + moved / DISK)
+
+
+def _layer_bytes(layer: Layer, rounding: Rounding) -> int:
+    simple = layer.rounding(rounding).simple
+    shape = layer.source.shape
+    weights = math.prod(shape if simple else shape[-2:])
+    return int(4 * weights * (NEAREST if simple else LEARNING)) + layer.source.size
+
+
+def _layer_seconds(layer: Layer, rounding: Rounding, device: torch.device) -> float:
+    own = layer.rounding(rounding)
+    weights = math.prod(layer.source.shape)
+    seconds = weights * _nearest_rate(layer.format, own.scale_search, str(device))
+    if own.simple:
+        return seconds
+    rows, columns = layer.source.shape[-2:]
+    directions = min(max(own.top_p * min(rows, columns), own.min_k), own.max_k, rows, columns)
+    # A sweep multiplies every weight with the directions and a block of 128 columns; the Gram matrix comes on top.
+    return seconds + weights * (directions + 128 + min(rows, columns) / 8) * _learned_rate(layer.format, str(device))
+
+
+@cache
+def _nearest_rate(fmt: Format, scale_search: bool, device: str) -> float:
+    """Seconds for one weight, rounded to nearest."""
+    w = torch.randn(_SIDE, _SIDE, generator=torch.Generator().manual_seed(0)).to(device)
+    rounding = Rounding(simple=True, scale_search=scale_search)
+    return min(_timed(fmt, w, rounding) for _ in range(2)) / w.numel()
+
+
+@cache
+def _learned_rate(fmt: Format, device: str) -> float:
+    """Seconds for one weight and direction, learned."""
+    w = torch.randn(_LEARNED_SIDE, _LEARNED_SIDE, generator=torch.Generator().manual_seed(0)).to(device)
+    rounding = Rounding()
+    directions = min(max(rounding.top_p * _LEARNED_SIDE, rounding.min_k), rounding.max_k)
+    return _timed(fmt, w, rounding) / w.numel() / (directions + 128 + _LEARNED_SIDE / 8)
+
+
+def _timed(fmt: Format, w: torch.Tensor, rounding: Rounding) -> float:
+    started = time.perf_counter()
+    quantize_layer(fmt, w, rounding, 0)
+    if w.device.type == "cuda":
+        torch.cuda.synchronize(w.device)
+    return time.perf_counter() - started

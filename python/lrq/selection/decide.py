@@ -1,0 +1,143 @@
+"""The decision on every tensor: who says what, and who wins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+from lrq.checkpoint.header import Entry
+from lrq.config import Conversion, Storage
+from lrq.formats import Format, Shape
+from lrq.models.policy import OUTSIDE, QUANTIZE, SUFFIX, Policy, Verdict, quantized_modules
+from lrq.models.recognition import Part, assign, recognise
+from lrq.selection.heuristics import unsuitable
+from lrq.selection.layer import Layer
+from lrq.selection.policies import choose_policies
+from lrq.selection.rules import UserRules
+from lrq.selection.storage import Choice, choose_format, storage_of
+
+
+@dataclass
+class Decisions:
+    """What becomes of every tensor of a checkpoint."""
+
+    parts: list[Part]
+    policies: dict[str, Policy]
+    """By prefix of the part."""
+    layers: list[Layer] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    """Reason by tensor, for those that stay as they are."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Reason by tensor, for weights whose shape the format can't take."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Reason by tensor, for those that are left out."""
+
+
+def decide(entries: Mapping[str, Entry], conversion: Conversion, where: str) -> Decisions:
+    """Decide on every tensor of a checkpoint; ``where`` names it in errors.
+
+    Above all stand the exact names of ``layers``, then --exclude-layers, --custom-layers and the patterns of
+    --layer-config; then presets, ``_default``, --heur, and last the run's own format.
+
+    Raises:
+        InputError: a rule that is wrong, finds nothing, or asks for what can't be done.
+    """
+    parts = recognise(entries)
+    tensors = assign(parts, entries.values())
+    policies = choose_policies(parts, tensors, conversion.selection.preset, where)
+    decisions = Decisions(parts, policies)
+    rules = UserRules(conversion, entries)
+    fallback = conversion.selection.fallback
+    judge = _Judge(conversion, rules, fallback and storage_of(fallback, "--fallback"))
+    done = quantized_modules(entries)
+    for part in parts:
+        _decide_part(part, tensors[part.prefix], policies[part.prefix], judge, done, decisions)
+    rules.check(where)
+    return decisions
+
+
+def _decide_part(
+    part: Part, tensors: list[Entry], policy: Policy, judge: _Judge, done: set[str], decisions: Decisions
+) -> None:
+    start = len(part.prefix)
+    possible: list[tuple[Entry, Verdict]] = []
+    for entry in tensors:
+        if policy.drop and policy.drops(entry.name[start:]):
+            decisions.dropped[entry.name] = policy.verdict(entry.name[start:]).why
+            continue
+        why = policy.impossible(entry, done)
+        if why is None:
+            possible.append((entry, policy.verdict(entry.name[start : -len(SUFFIX)])))
+        else:
+            decisions.kept[entry.name] = why
+            judge.rules.note_impossible(entry, why)
+    outside: set[str] = set()
+    if policy.keep_outside_blocks:
+        outside = policy.outside([entry for entry, verdict in possible if verdict.action == "quantize"])
+    usual = judge.usual
+    for entry, verdict in possible:
+        if verdict is QUANTIZE and usual is not None and entry.name not in outside:
+            fmt = usual(entry.shape)
+            if not isinstance(fmt, str):
+                decisions.layers.append(Layer(entry.name[: -len(SUFFIX)], entry, fmt, "", None, judge.full_precision))
+                continue
+        judge.judge(entry, Verdict("keep", OUTSIDE) if entry.name in outside else verdict, decisions)
+
+
+class _Judge:
+    def __init__(self, conversion: Conversion, rules: UserRules, fallback: Storage | None) -> None:
+        self.run, self.rules, self.fallback = conversion.storage, rules, fallback
+        self.heur = conversion.selection.heur
+        self.default = rules.default or Choice(conversion.storage, "")
+        self.full_precision = conversion.storage.full_precision_matrix_mult
+        self.usual: Callable[[Shape], Format | str] | None = None
+        """The run's own format by shape, where neither rule nor heuristic says more."""
+        if not (rules.default or rules.any or self.heur):
+            self.usual = cache(lambda shape: choose_format(conversion.storage, shape))
+
+    def judge(self, entry: Entry, verdict: Verdict, decisions: Decisions) -> None:
+        """Record what becomes of a weight that could be quantized."""
+        name = entry.name[: -len(SUFFIX)]
+        asked = self.rules.choice(name)
+        choice, why_not = (asked, "") if asked is not None else self._by_policy(verdict)
+        if choice is not None and choice.storage is None and self.rules.excludes(choice):
+            choice, why_not = self._fall_back(verdict, choice.why)
+        if choice is None or choice.storage is None:
+            decisions.kept[entry.name] = why_not if choice is None else choice.why
+            return
+        fmt = choose_format(choice.storage, entry.shape)
+        if isinstance(fmt, str):
+            decisions.refused[entry.name] = fmt
+            return
+        if verdict.formats is not None and fmt.name not in verdict.formats:
+            decisions.kept[entry.name] = verdict.why
+            if asked is not None:
+                self.rules.note_useless(name, f"{verdict.why}, which {_allowed(verdict.formats)}")
+            return
+        if asked is not None:
+            self.rules.note_used(name)
+        elif self.heur and (reason := unsuitable(fmt, entry.shape)) is not None:
+            decisions.kept[entry.name] = reason
+            return
+        full_precision = choice.storage.full_precision_matrix_mult
+        decisions.layers.append(Layer(name, entry, fmt, choice.why, choice.simple, full_precision))
+
+    def _by_policy(self, verdict: Verdict) -> tuple[Choice | None, str]:
+        if verdict is QUANTIZE:
+            return self.default, ""
+        if verdict.action == "keep":
+            return self._fall_back(verdict, verdict.why)
+        rule = verdict.rule
+        if rule is not None and self.rules.default is None and self.run.family in rule.when:
+            return Choice(storage_of(rule.format, rule.why), rule.why), ""
+        return self.default, ""
+
+    def _fall_back(self, verdict: Verdict, why: str) -> tuple[Choice | None, str]:
+        if self.fallback is None or verdict.formats is not None:
+            return None, why
+        return Choice(self.fallback, f"--fallback: {why}"), ""
+
+
+def _allowed(formats: tuple[str, ...]) -> str:
+    return f"can only be {' or '.join(formats)}" if formats else "can't be quantized"

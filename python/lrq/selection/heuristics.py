@@ -1,0 +1,61 @@
+"""Layers that quantization serves badly: ``--heur``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from lrq.dialects import comfyui
+from lrq.formats import Format, Shape
+
+TOO_SMALL = 1 << 16
+"""Weights of a layer that saves under 0.1 MB, and whose product is over before its kernel has started."""
+THIN = 64
+"""Ratio of the sides beyond which a product waits for memory, not for arithmetic."""
+OUT_OF_LINE = 2.0
+"""Errors more than this times the median of the model's layers in the same format are out of line."""
+FEWEST = 5
+"""Layers of one format that a median is taken of."""
+
+
+def unsuitable(fmt: Format, shape: Shape) -> str | None:
+    """Why a weight of this shape gains nothing from the format, or None."""
+    rows, columns = shape[-2:]
+    weights = math.prod(shape)
+    if weights < TOO_SMALL:
+        return f"too small to gain: {weights} weights, under {TOO_SMALL}"
+    if max(rows, columns) > THIN * min(rows, columns):
+        return f"extreme aspect ratio: {rows} x {columns}, over {THIN} : 1"
+    reason = comfyui.full_precision_reason(fmt, shape)
+    return None if reason is None else f"no fast matmul: {reason}"
+
+
+def relative_error(fmt: Format, w: Tensor) -> float:
+    """|Ŵ − W| / |W| of round-to-nearest; 0 for a weight of zeros."""
+    single = w.float()
+    norm = torch.linalg.vector_norm(single).item()
+    error = fmt.dequantize(fmt.quantize(single, None), tuple(w.shape)) - single
+    return torch.linalg.vector_norm(error).item() / norm if norm > 0 else 0.0
+
+
+def out_of_line(
+    layers: Iterable[tuple[str, Format]],
+    read: Callable[[str], Tensor],
+    on_layer: Callable[[str], None] = lambda name: None,
+) -> dict[str, str]:
+    """Reason by layer, for those whose measured error is out of line with the model's other layers in the same format."""
+    errors: dict[str, dict[str, float]] = {}
+    for name, fmt in layers:
+        errors.setdefault(fmt.name, {})[name] = relative_error(fmt, read(name))
+        on_layer(name)
+    reasons = {}
+    for fmt_name, found in errors.items():
+        usual = median(found.values())
+        for name, error in found.items():
+            if len(found) >= FEWEST and error > OUT_OF_LINE * usual:
+                reasons[name] = f"error out of line: {error:.4f} in {fmt_name}, the median is {usual:.4f}"
+    return reasons

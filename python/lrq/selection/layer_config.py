@@ -1,0 +1,118 @@
+"""The user's rules: a JSON file that gives layers formats by regular expression."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lrq.config import Storage
+from lrq.errors import InputError, printable
+from lrq.selection.expression import Expression
+from lrq.selection.storage import Choice, SpecError, read_spec
+
+DEFAULT = "_default"
+"""The rule for layers that no other finds."""
+
+
+class LayerRule:
+    """One entry: an expression and what it makes of the layers that it finds."""
+
+    def __init__(self, expression: Expression, choice: Choice) -> None:
+        self.expression, self.choice = expression, choice
+        self.found = 0
+        """Layers that it finds."""
+        self.useless: set[str] = set()
+        """Why weights that it finds can't be quantized."""
+
+
+def load_table(path: str | os.PathLike[str], base: Storage) -> dict[str, Any]:
+    """The rules of a file, checked; ``base`` is the storage of a rule that names no format.
+
+    Raises:
+        InputError: naming the line, the key and the nearest valid name.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--layer-config {path}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--layer-config {path}: not a text file in UTF-8") from None
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"--layer-config {path}: line {error.lineno}: not JSON: {error.msg}") from None
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"--layer-config {path}: not JSON: {printable(str(error))}") from None
+    lines = dict(_lines(text)) if isinstance(table, dict) else {}
+    read_rules(table, base, False, str(path), lines)
+    twice = [key for key in lines if lines[key][1]]
+    if twice:
+        line = lines[twice[0]][0]
+        raise InputError(f"--layer-config {path}: line {line}: {printable('.'.join(twice[0]))!r} is given twice")
+    return dict(table)
+
+
+def read_rules(
+    table: Any,
+    base: Storage,
+    fullmatch: bool,
+    path: str = "",
+    lines: dict[tuple[str, ...], tuple[int, bool]] | None = None,
+) -> tuple[list[LayerRule], Choice | None]:
+    """The rules of a table, in its order, and the one for layers that none finds.
+
+    Raises:
+        InputError: an expression that does not compile, an unknown key or format, a value of the wrong type.
+    """
+    prefix = f"--layer-config {path}".strip()
+    if not isinstance(table, dict):
+        raise InputError(f'{prefix}: must be a JSON object such as {{"attn": {{"format": "fp8"}}}}')
+    rules, default = [], None
+    for key, spec in table.items():
+        if key.startswith("_") and key != DEFAULT:
+            continue
+        where = f"{prefix}: {_line(lines, (key,))}{printable(key)!r}"
+        try:
+            choice = read_spec(spec, base, f"--layer-config {printable(key)}")
+        except SpecError as error:
+            at = _line(lines, (key, error.key)) or _line(lines, (key,))
+            raise InputError(f"{prefix}: {at}{printable(key)!r}: {error}") from None
+        if key == DEFAULT:
+            default = choice
+        else:
+            rules.append(LayerRule(Expression(key, where, fullmatch), choice))
+    return rules, default
+
+
+def _line(lines: dict[tuple[str, ...], tuple[int, bool]] | None, keys: tuple[str, ...]) -> str:
+    return f"line {lines[keys][0]}: " if lines and keys in lines else ""
+
+
+def _lines(text: str) -> Iterator[tuple[tuple[str, ...], tuple[int, bool]]]:
+    """Line of every key of a valid JSON object and of the objects in it, and whether it is given twice."""
+    seen: set[tuple[str, ...]] = set()
+    for keys, position in _keys(text, text.index("{"), ()):
+        yield keys, (text.count("\n", 0, position) + 1, keys in seen)
+        seen.add(keys)
+
+
+def _keys(text: str, start: int, outer: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    decoder, position = json.JSONDecoder(), _skip(text, start + 1)
+    while text[position] != "}":
+        key, end = decoder.raw_decode(text, position)
+        yield (*outer, key), position
+        value = _skip(text, _skip(text, end) + 1)
+        if text[value] == "{" and not outer:
+            yield from _keys(text, value, (key,))
+        position = _skip(text, decoder.raw_decode(text, value)[1])
+        if text[position] == ",":
+            position = _skip(text, position + 1)
+
+
+def _skip(text: str, position: int) -> int:
+    while text[position] in " \t\r\n":
+        position += 1
+    return position
