@@ -138,12 +138,12 @@ class Selection:
     custom_type: str | None = _setting(
         None, "Format of --custom-layers: fp8, fp8-row, int8, int8-row, nvfp4, mxfp8, ...", metavar="TYPE"
     )
-    layer_config: dict | None = _setting(None, "Formats by regular expression.", flag=False)
+    layer_config: dict | None = _setting(None, "Formats by regular expression.", flag=False)  # noqa: RUF009
     fullmatch: bool = _setting(False, "Regular expressions must match the whole name of a layer.")
     heur: bool = _setting(
         False, "Skip layers that gain little or lose much: too small, no fast matmul, thin, or with errors out of line."
     )
-    layers: dict | None = _setting(None, "Decisions by the exact name of a layer, above all rules.", flag=False)
+    layers: dict | None = _setting(None, "Decisions by exact name, above all rules.", flag=False)  # noqa: RUF009
 
     def check(self) -> None:
         """Raise :class:`InputError` for a combination that has no meaning."""

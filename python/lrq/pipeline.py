@@ -13,8 +13,9 @@ from lrq.checkpoint.writer import Writer
 from lrq.config import Conversion
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
-from lrq.plan import Layer, Plan
+from lrq.plan import Plan
 from lrq.rounding.solve import Outcome, layer_seed, quantize_layer
+from lrq.selection.layer import Layer
 
 LARGEST = 2.0**100
 """A larger weight could leave float32: rounded up to the next value of a grid, or summed over a ConvRot group."""

@@ -73,7 +73,9 @@ def quantize(
 
         convert_to_quant -i source -o output --nvfp4 --simple
     """
-    conversion = Conversion.from_settings({**(conversion or Conversion()).settings(), **resolve(settings)})
+    if settings or conversion is None:
+        conversion = Conversion.from_settings({**(conversion or Conversion()).settings(), **resolve(settings)})
+    conversion.check()
     chosen = choose_device(device)
     with Reader(source) as reader:
         if conversion.selection.heur:

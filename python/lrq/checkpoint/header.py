@@ -202,11 +202,13 @@ def _entry(name: str, record: Any, path: Path) -> Entry:
     where = _Where(path, name)
     if not isinstance(record, dict):
         raise InputError(f"{where}: not an object")
-    dtype, shape, offsets = record.get("dtype"), record.get("shape"), record.get("data_offsets")
+    dtype: Any = record.get("dtype")
+    shape: Any = record.get("shape")
+    offsets: Any = record.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise InputError(f"{where}: unknown dtype {printable(str(dtype))}")
-    lists = isinstance(shape, list) and isinstance(offsets, list)
-    if not lists or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS or not _naturals((*shape, *offsets)):
+    natural = isinstance(shape, list) and isinstance(offsets, list) and _naturals((*shape, *offsets))
+    if not natural or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
         raise InputError(f"{where}: shape and data_offsets must be lists of natural numbers")
     size = tensor_size(dtype, shape)
     if offsets[1] - offsets[0] != size:
@@ -215,7 +217,7 @@ def _entry(name: str, record: Any, path: Path) -> Entry:
 
 
 def _naturals(values: tuple[Any, ...]) -> bool:
-    return set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 1 << 63
+    return set(map(type, values)) <= {int} and min(values, default=0) >= 0 and max(values, default=0) < 1 << 63
 
 
 def _first_line(error: BaseException) -> str:

@@ -84,9 +84,7 @@ def main() -> None:
 @click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu, cuda, cuda:1, ...")
 @click.option("--verbose", is_flag=True, help="Say of every tensor what becomes of it, and why.")
 @click.version_option(__version__, prog_name="lrq")
-@click.pass_context
 def convert_to_quant(
-    ctx: click.Context,
     source: str,
     output: str | None,
     plan_file: str | None,
@@ -105,7 +103,7 @@ def convert_to_quant(
     from lrq.cli.progress import Progress
 
     def work() -> None:
-        conversion = planning.conversion_of(ctx, settings, source, plan_file)
+        conversion = planning.conversion_of(click.get_current_context(), settings, source, plan_file)
         if dry_run is not None:
             planning.dry_run(source, conversion, device, dry_run, output)
             return
@@ -131,8 +129,7 @@ def convert_to_quant(
 @click.option("--device", default="auto", show_default=True, help="Where it would be computed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON; lrq convert --plan takes it.")
 @click.option("--verbose", is_flag=True, help="Say of every layer what becomes of it, not of every kind of layer.")
-@click.pass_context
-def plan(ctx: click.Context, source: str, device: str, as_json: bool, verbose: bool, **settings: Any) -> None:
+def plan(source: str, device: str, as_json: bool, verbose: bool, **settings: Any) -> None:
     """Say what a conversion would do, from the header alone: layers, bytes, memory, time. Options as of convert.
 
     \b
@@ -142,7 +139,7 @@ def plan(ctx: click.Context, source: str, device: str, as_json: bool, verbose: b
     from lrq.cli import planning
 
     def work() -> None:
-        conversion = planning.conversion_of(ctx, settings, source, None)
+        conversion = planning.conversion_of(click.get_current_context(), settings, source, None)
         planning.print_plan(source, conversion, device, as_json, verbose)
 
     _guarded(work)

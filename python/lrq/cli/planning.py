@@ -60,9 +60,7 @@ def dry_run(source: str, conversion: Conversion, device: str, what: str, output:
         raise InputError(f"{path}: exists; name another file with -o")
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(spec)}" for key, spec in table.items())
     path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-    click.echo(
-        f"{printable(str(path))}: {len(table)} rules; edit them, then --layer-config {printable(str(path))}", err=True
-    )
+    click.echo(f"{printable(str(path))}: {len(table)} rules; edit them, and give it to --layer-config", err=True)
 
 
 def print_plan(source: str, conversion: Conversion, device: str, as_json: bool, verbose: bool) -> None:

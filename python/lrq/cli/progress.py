@@ -67,7 +67,7 @@ class Progress:
     def on_plan(self, plan: Plan) -> None:
         """Start the bar; with ``verbose`` say what is kept."""
         self.models = [
-            model_line(part.prefix, part.about, part.preset and part.preset.name, plan.policies[part.prefix])
+            model_line(part.prefix, part.about, part.preset.name if part.preset else None, plan.policies[part.prefix])
             for part in plan.parts
         ]
         # Where only the result is read, it comes with the result: a run that fails says one line.

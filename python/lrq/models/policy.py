@@ -81,7 +81,7 @@ class Policy:
         return bool(self.drop) and self.verdict(name).action == "drop"
 
     def impossible(self, entry: Entry, done: Collection[str]) -> str | None:
-        """Why a tensor can't be quantized, whoever asks; None if it can. ``done``: modules that are quantized already."""
+        """Why a tensor can't be quantized, whoever asks; None if it can. ``done``: modules quantized already."""
         if len(entry.shape) < 2 or not entry.name.endswith(SUFFIX):
             return NOT_A_WEIGHT
         module = entry.name.removesuffix(SUFFIX)

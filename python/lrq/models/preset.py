@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -94,7 +94,7 @@ def read_rules(name: str, table: dict[str, Any], kind: str) -> Iterator[Rule]:
         yield Rule(**{**{key: _frozen(value) for key, value in rule.items()}, "patterns": Patterns(rule["patterns"])})
 
 
-def _check(where: str, table: Any, known: dict[str, type], required: tuple[str, ...]) -> None:
+def _check(where: str, table: Any, known: Mapping[str, type], required: tuple[str, ...]) -> None:
     if not isinstance(table, dict):
         raise InputError(f"preset {where}: must be a table")
     for key, value in table.items():

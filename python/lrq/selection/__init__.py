@@ -1,1 +1,1 @@
-"""Which layers are quantized, in which format, and why: presets, the user's rules and heuristics, decided from names."""
+"""Which layers are quantized, in which format, and why: presets, the user's rules and heuristics."""

@@ -49,7 +49,7 @@ def decide(entries: Mapping[str, Entry], conversion: Conversion, where: str) -> 
     decisions = Decisions(parts, policies)
     rules = UserRules(conversion, entries)
     fallback = conversion.selection.fallback
-    judge = _Judge(conversion, rules, fallback and storage_of(fallback, "--fallback"))
+    judge = _Judge(conversion, rules, None if fallback is None else storage_of(fallback, "--fallback"))
     done = quantized_modules(entries)
     for part in parts:
         _decide_part(part, tensors[part.prefix], policies[part.prefix], judge, done, decisions)

@@ -47,7 +47,7 @@ def out_of_line(
     read: Callable[[str], Tensor],
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> dict[str, str]:
-    """Reason by layer, for those whose measured error is out of line with the model's other layers in the same format."""
+    """Reason by layer, for those whose error is out of line with the model's other layers in the same format."""
     errors: dict[str, dict[str, float]] = {}
     for name, fmt in layers:
         errors.setdefault(fmt.name, {})[name] = relative_error(fmt, read(name))

@@ -15,6 +15,15 @@ from lrq.selection.storage import Choice, SpecError, read_spec
 
 DEFAULT = "_default"
 """The rule for layers that no other finds."""
+Lines = dict[tuple[str, ...], tuple[int, bool]]
+"""Line of a key, and whether it is given twice."""
+
+
+class Table(dict):  # type: ignore[type-arg]
+    """The rules of a file; it knows where they stand."""
+
+    path: str = ""
+    lines: Lines | None = None
 
 
 class LayerRule:
@@ -28,7 +37,7 @@ class LayerRule:
         """Why weights that it finds can't be quantized."""
 
 
-def load_table(path: str | os.PathLike[str], base: Storage) -> dict[str, Any]:
+def load_table(path: str | os.PathLike[str], base: Storage) -> Table:
     """The rules of a file, checked; ``base`` is the storage of a rule that names no format.
 
     Raises:
@@ -52,7 +61,9 @@ def load_table(path: str | os.PathLike[str], base: Storage) -> dict[str, Any]:
     if twice:
         line = lines[twice[0]][0]
         raise InputError(f"--layer-config {path}: line {line}: {printable('.'.join(twice[0]))!r} is given twice")
-    return dict(table)
+    rules = Table(table)
+    rules.path, rules.lines = str(path), lines
+    return rules
 
 
 def read_rules(
@@ -60,7 +71,7 @@ def read_rules(
     base: Storage,
     fullmatch: bool,
     path: str = "",
-    lines: dict[tuple[str, ...], tuple[int, bool]] | None = None,
+    lines: Lines | None = None,
 ) -> tuple[list[LayerRule], Choice | None]:
     """The rules of a table, in its order, and the one for layers that none finds.
 
@@ -87,7 +98,7 @@ def read_rules(
     return rules, default
 
 
-def _line(lines: dict[tuple[str, ...], tuple[int, bool]] | None, keys: tuple[str, ...]) -> str:
+def _line(lines: Lines | None, keys: tuple[str, ...]) -> str:
     return f"line {lines[keys][0]}: " if lines and keys in lines else ""
 
 

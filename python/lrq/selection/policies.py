@@ -1,4 +1,4 @@
-"""Which policy holds for which part of a checkpoint: the presets that were asked for, or those of the recognised models."""
+"""Which policy holds for which part of a checkpoint: the presets that were asked for, or that of its model."""
 
 from __future__ import annotations
 

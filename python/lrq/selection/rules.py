@@ -10,7 +10,7 @@ from lrq.config import Conversion
 from lrq.errors import InputError, printable
 from lrq.models.policy import SUFFIX
 from lrq.selection.expression import Expression
-from lrq.selection.layer_config import LayerRule, read_rules
+from lrq.selection.layer_config import LayerRule, Table, read_rules
 from lrq.selection.storage import Choice, SpecError, read_spec, storage_of
 
 EXCLUDED = "excluded by --exclude-layers"
@@ -39,7 +39,9 @@ class UserRules:
         if selection.custom_layers is not None:
             custom = storage_of(str(selection.custom_type), "--custom-type")
             self._add("--custom-layers", selection.custom_layers, Choice(custom, "--custom-layers"))
-        config, self.default = read_rules(selection.layer_config or {}, storage, self._fullmatch)
+        table = selection.layer_config or {}
+        path, lines = (table.path, table.lines) if isinstance(table, Table) else ("", None)
+        config, self.default = read_rules(table, storage, self._fullmatch, path, lines)
         # The more of a name a pattern spells out, the more specific it is; of equals the later one wins.
         self._ordered += sorted(reversed(config), key=lambda rule: -rule.expression.literals)
         self._winner: dict[str, LayerRule] = {}

@@ -1,0 +1,63 @@
+"""--heur: what is skipped, and the reason that it is given."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import lrq
+from checkpoints import load, normal, run, save
+from lrq.formats import FORMATS
+from lrq.selection.heuristics import out_of_line, relative_error, unsuitable
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("nvfp4", (512, 512), None),
+        ("nvfp4", (64, 64), "too small to gain: 4096 weights, under 65536"),
+        ("nvfp4", (512, 528), "no fast matmul: K padded to 16 must be a multiple of 32, got 528"),
+        ("mxfp8", (512, 528), None),
+        ("fp8", (3420, 1280), "no fast matmul: N and K must be multiples of 16, got 3420 x 1280"),
+        ("int8-row", (4304, 1152), None),
+        ("int8-row", (3420, 1280), "no fast matmul: N and K must be multiples of 8, got 3420 x 1280"),
+        ("fp8-row", (512, 512), "no fast matmul: fp8-row is read by a custom node"),
+        ("fp8", (16384, 64), "extreme aspect ratio: 16384 x 64, over 64 : 1"),
+    ],
+)
+def test_reasons_from_shapes(name, shape, reason):
+    assert unsuitable(FORMATS[name], shape) == reason
+
+
+def test_errors_out_of_line_are_found():
+    weights = {f"l{i}": normal(64, 128, seed=i) for i in range(8)}
+    weights["l5"][0, 0] = 500.0
+    layers = [(name, FORMATS["int8-tensor"]) for name in weights]
+    reasons = out_of_line(layers, weights.__getitem__)
+    assert reasons.keys() == {"l5"} and reasons["l5"].startswith("error out of line: ")
+    assert out_of_line(layers[4:7], weights.__getitem__) == {}
+    assert relative_error(FORMATS["nvfp4"], torch.zeros(16, 16)) == 0
+
+
+def test_skips_are_measured_named_recorded_and_verified(tmp_path):
+    tensors = {f"blocks.{i}.fc.weight": normal(256, 256, seed=i) for i in range(8)}
+    tensors["blocks.3.fc.weight"][7, 7] = 900.0
+    tensors["blocks.0.small.weight"] = normal(16, 16)
+    source = save(tmp_path / "in", tensors)
+    result = run("convert", "-i", source, "-o", tmp_path / "out", "--int8", "--simple", "--heur", "--verbose")
+    assert result.exit_code == 0, result.output
+    assert "keep  blocks.3.fc.weight: error out of line" in result.stderr
+    assert "keep  blocks.0.small.weight: too small to gain" in result.stderr
+    assert load(tmp_path / "out").stated.keys() == {f"blocks.{i}.fc" for i in range(8) if i != 3}
+    assert lrq.verify(tmp_path / "out", source).ok
+    recorded = json.loads(load(tmp_path / "out").metadata["lrq"])["settings"]
+    assert list(recorded["layers"]) == ["blocks.3.fc"] and recorded["heur"]
+
+
+def test_a_rule_of_the_users_is_above_the_heuristics(tmp_path):
+    source = save(tmp_path / "in", {"a.weight": normal(16, 16), "b.weight": normal(512, 512)})
+    flags = ("--heur", "--simple", "--custom-layers", "a", "--custom-type", "nvfp4")
+    assert run("convert", "-i", source, "-o", tmp_path / "out", *flags).exit_code == 0
+    assert load(tmp_path / "out").stated.keys() == {"a", "b"}
