@@ -10,17 +10,21 @@ from functools import cache
 import torch
 
 from lrq.config import Conversion, Rounding
-from lrq.formats import Format
+from lrq.formats import Format, Shape
 from lrq.plan import Plan
 from lrq.rounding.solve import quantize_layer
 from lrq.selection.layer import Layer
 
 DISK = 5e8
 """Bytes a second that are read and written; a guess: measuring it would touch the disk."""
-LEARNING, NEAREST = 7.0, 2.0
-"""Largest layer in float32, times this, is what one layer needs at most."""
-PROCESS = 400_000_000
-"""Bytes of the process with torch loaded."""
+LEARNING = 7
+"""Matrices of float32 that learned rounding holds of one layer; the eigenvectors come on top."""
+EIGENVECTORS = 16
+"""Bytes of an element of the Gram matrix and its eigenvectors, in float64."""
+PROCESS, IMPORTS = 310_000_000, 380_000_000
+"""Bytes of the process with torch loaded, and its peak while it loads."""
+LARGE = 0.45
+"""Time for one weight and direction of a large layer, in units of that of the calibration's small one."""
 _SIDE, _LEARNED_SIDE = 512, 256
 """Sides of the matrices of the calibration."""
 
@@ -38,20 +42,27 @@ class Estimate:
 
 def estimate(plan: Plan, conversion: Conversion, device: torch.device) -> Estimate:
     """Predict memory and time of a conversion on a device."""
-    work = max((_layer_bytes(layer, conversion.rounding) for layer in plan.layers), default=0)
+    kinds: dict[tuple[Format, Shape, bool | None], list[Layer]] = {}
+    for layer in plan.layers:
+        kinds.setdefault((layer.format, layer.source.shape, layer.simple), []).append(layer)
+    work = max((_layer_bytes(alike[0], conversion.rounding) for alike in kinds.values()), default=0)
     source = max((layer.source.size for layer in plan.layers), default=0)
     on_gpu = device.type != "cpu"
-    host = PROCESS + plan.header.data_start + len(plan.header_bytes) + (source if on_gpu else work)
-    seconds = sum(_layer_seconds(layer, conversion.rounding, device) for layer in plan.layers)
+    # A header's names and places take about ten times its bytes as objects.
+    host = max(PROCESS + 10 * len(plan.header_bytes) + (source if on_gpu else work), IMPORTS)
+    seconds = sum(len(alike) * _layer_seconds(alike[0], conversion.rounding, device) for alike in kinds.values())
     moved = plan.output_size + sum(layer.source.size for layer in plan.layers) + sum(e.size for e in plan.copied)
-    return Estimate(host, work + source if on_gpu else 0, seconds + moved / DISK)
+    return Estimate(host, work if on_gpu else 0, seconds + moved / DISK)
 
 
 def _layer_bytes(layer: Layer, rounding: Rounding) -> int:
-    simple = layer.rounding(rounding).simple
-    shape = layer.source.shape
-    weights = math.prod(shape if simple else shape[-2:])
-    return int(4 * weights * (NEAREST if simple else LEARNING)) + layer.source.size
+    layout = layer.format.layout(layer.source.shape)
+    stored = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+    held = layer.source.size + stored
+    if layer.rounding(rounding).simple:
+        return held
+    rows, columns = layer.source.shape[-2:]
+    return held + 4 * LEARNING * rows * columns + EIGENVECTORS * min(rows, columns) ** 2
 
 
 def _layer_seconds(layer: Layer, rounding: Rounding, device: torch.device) -> float:
@@ -63,7 +74,9 @@ def _layer_seconds(layer: Layer, rounding: Rounding, device: torch.device) -> fl
     rows, columns = layer.source.shape[-2:]
     directions = min(max(own.top_p * min(rows, columns), own.min_k), own.max_k, rows, columns)
     # A sweep multiplies every weight with the directions and a block of 128 columns; the Gram matrix comes on top.
-    return seconds + weights * (directions + 128 + min(rows, columns) / 8) * _learned_rate(layer.format, str(device))
+    return seconds + weights * (directions + 128 + min(rows, columns) / 8) * LARGE * _learned_rate(
+        layer.format, str(device)
+    )
 
 
 @cache

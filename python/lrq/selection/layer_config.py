@@ -19,7 +19,7 @@ Lines = dict[tuple[str, ...], tuple[int, bool]]
 """Line of a key, and whether it is given twice."""
 
 
-class Table(dict):  # type: ignore[type-arg]
+class Table(dict):
     """The rules of a file; it knows where they stand."""
 
     path: str = ""

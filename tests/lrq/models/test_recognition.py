@@ -132,8 +132,8 @@ def test_an_unknown_model_is_not_recognised():
 
 
 MANUAL = "flux2 distillation_large nerf_large wan hunyuan qwen zimage t5xxl mistral"
-OTHERS = """distillation_small nerf_small radiance zimage_refiner krea2 ideogram4 boogu ltxv2 anima lens gemma4 qwen35 visual
-    generic_text"""
+OTHERS = """distillation_small nerf_small radiance zimage_refiner krea2 ideogram4 boogu ltxv2 anima lens gemma4 qwen35
+    visual generic_text"""
 
 
 def test_the_flags_that_users_know_are_there():
