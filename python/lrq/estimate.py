@@ -23,9 +23,9 @@ EIGENVECTORS = 16
 """Bytes of an element of the Gram matrix and its eigenvectors, in float64."""
 PROCESS, IMPORTS = 310_000_000, 380_000_000
 """Bytes of the process with torch loaded, and its peak while it loads."""
-LARGE = 0.45
+LARGE = 0.32
 """Time for one weight and direction of a large layer, in units of that of the calibration's small one."""
-_SIDE, _LEARNED_SIDE = 512, 256
+_SIDE, _LEARNED_SIDE = 512, 192
 """Sides of the matrices of the calibration."""
 
 

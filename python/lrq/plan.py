@@ -101,8 +101,11 @@ def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...],
     tensors: list[tuple[str, str, Shape]] = []
     copied, dropped = [], []
     known: dict[tuple[Format, Shape, bool], tuple[dict[str, object], list[tuple[str, str, Shape]]]] = {}
-    foreign = {f"{layer.name}.{suffix}" for layer in layers for suffix in comfyui.ACTIVATIONS}
-    why_dropped = decisions.dropped | dict.fromkeys(foreign & source.entries.keys(), ACTS_ON_THE_LAYER)
+    parts = [name.rpartition(".") for name in source.entries if name.endswith(comfyui.ACTIVATIONS)]
+    foreign = [
+        f"{name}.{suffix}" for name, _, suffix in parts if suffix in comfyui.ACTIVATIONS and name + SUFFIX in planned
+    ]
+    why_dropped = decisions.dropped | dict.fromkeys(foreign, ACTS_ON_THE_LAYER)
     for entry in source.header.entries:
         layer = planned.get(entry.name)
         if layer is not None:
@@ -117,8 +120,7 @@ def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...],
         else:
             copied.append(entry)
             tensors.append((entry.name, entry.dtype, entry.shape))
-    names = {name for name, _, _ in tensors}
-    if len(names) != len(tensors):
+    if len({tensor[0] for tensor in tensors}) != len(tensors):
         twice = printable(first_duplicate(name for name, _, _ in tensors))
         raise InputError(f"{source.path}: tensor {twice} stands in the way of a quantized layer")
     metadata = {key: value for key, value in source.header.metadata.items() if key != comfyui.METADATA}

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring as _to_json_string
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -95,10 +96,13 @@ def lay_out(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str,
     records = [f'"__metadata__":{_to_json(metadata)}'] if metadata else []
     known: dict[tuple[str, tuple[int, ...]], tuple[int, str]] = {}
     for name, dtype, shape in ordered:
-        if (dtype, shape) not in known:
+        kind = dtype, shape
+        found = known.get(kind)
+        if found is None:
             sides = ",".join(map(str, shape))
-            known[dtype, shape] = tensor_size(dtype, shape), f':{{"dtype":"{dtype}","shape":[{sides}],"data_offsets":['
-        size, record = known[dtype, shape]
+            found = tensor_size(dtype, shape), f':{{"dtype":"{dtype}","shape":[{sides}],"data_offsets":['
+            known[kind] = found
+        size, record = found
         end = offset + size
         entries.append(Entry(name, dtype, shape, offset, end))
         records.append(f"{_to_json_string(name)}{record}{offset},{end}]}}")
@@ -166,7 +170,9 @@ def parse_header(text: bytes, path: Path) -> Header:
         "".join((*table, *metadata, *metadata.values())).encode()
     except UnicodeEncodeError:
         raise InputError(f"{path}: header: a name or a metadata value is not valid Unicode") from None
-    entries = sorted((_entry(name, record, path) for name, record in table.items()), key=lambda e: (e.begin, e.end))
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    found = [_entry(name, record, path, sizes) for name, record in table.items()]
+    entries = sorted(found, key=attrgetter("begin", "end"))
     offset = 0
     for entry in entries:
         if entry.begin != offset:
@@ -188,18 +194,16 @@ def first_duplicate(names: Iterable[str]) -> str:
     return Counter(names).most_common(1)[0][0]
 
 
-class _Where(NamedTuple):
-    """The tensor at fault, for an error: put into words only when there is one."""
-
-    path: Path
-    name: str
+class _Where(tuple):
+    """Path and name of the tensor at fault, for an error: put into words only when there is one."""
 
     def __str__(self) -> str:
-        return f"{self.path}: header: tensor {printable(self.name)}"
+        return f"{self[0]}: header: tensor {printable(self[1])}"
 
 
-def _entry(name: str, record: Any, path: Path) -> Entry:
-    where = _Where(path, name)
+def _entry(name: str, record: Any, path: Path, sizes: dict[tuple[str, tuple[int, ...]], int]) -> Entry:
+    """One tensor; ``sizes`` holds the bytes of the shapes that were checked before."""
+    where = _Where((path, name))
     if not isinstance(record, dict):
         raise InputError(f"{where}: not an object")
     dtype: Any = record.get("dtype")
@@ -210,10 +214,14 @@ def _entry(name: str, record: Any, path: Path) -> Entry:
     natural = isinstance(shape, list) and isinstance(offsets, list) and _naturals((*shape, *offsets))
     if not natural or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
         raise InputError(f"{where}: shape and data_offsets must be lists of natural numbers")
-    size = tensor_size(dtype, shape)
-    if offsets[1] - offsets[0] != size:
-        raise InputError(f"{where}: {dtype} {shape} takes {size} bytes, data_offsets give {offsets[1] - offsets[0]}")
-    return Entry(name, dtype, tuple(shape), *offsets)
+    kind = dtype, tuple(shape)
+    size = sizes.get(kind)
+    if size is None:
+        size = sizes[kind] = tensor_size(dtype, shape)
+    begin, end = offsets
+    if end - begin != size:
+        raise InputError(f"{where}: {dtype} {shape} takes {size} bytes, data_offsets give {end - begin}")
+    return Entry(name, dtype, kind[1], begin, end)
 
 
 def _naturals(values: tuple[Any, ...]) -> bool:
