@@ -143,6 +143,11 @@ class Selection:
     heur: bool = _setting(
         False, "Skip layers that gain little or lose much: too small, no fast matmul, thin, or with errors out of line."
     )
+    max_error: float | None = _setting(
+        None,
+        "Widen the format of a layer whose error |Ŵ − W|/|W| exceeds this: NVFP4 to MXFP8, then to the source's.",
+        minimum=0.0,
+    )
     layers: dict | None = _setting(None, "Decisions by exact name, above all rules.", flag=False)  # noqa: RUF009
 
     def check(self) -> None:

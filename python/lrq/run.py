@@ -19,7 +19,7 @@ from lrq.models.recognition import Part
 from lrq.pipeline import LayerResult, OnLayer, run_plan
 from lrq.plan import Plan, make_plan
 from lrq.report.verification import LayerReport, Verification, verify_file
-from lrq.selection.heuristics import out_of_line
+from lrq.selection.heuristics import out_of_line, widen
 from lrq.selection.resolve import resolve
 
 FEW = 3
@@ -78,7 +78,7 @@ def quantize(
     conversion.check()
     chosen = choose_device(device)
     with Reader(source) as reader:
-        if conversion.selection.heur:
+        if conversion.selection.heur or conversion.selection.max_error is not None:
             conversion = measure_layers(reader, conversion, chosen)
         plan = make_plan(reader, conversion)
         target = default_output(reader.path, plan) if output is None else _target_of(output)
@@ -90,16 +90,29 @@ def quantize(
         return Summary(target, layers, plan.kept, plan.refused, said, reader.size, plan.output_size)
 
 
-def measure_layers(
-    source: Reader, conversion: Conversion, device: torch.device, on_layer: Callable[[str], None] = lambda name: None
-) -> Conversion:
-    """The measured part of --heur: the conversion with a decision for every layer whose error is out of line."""
-    planned = [layer for layer in make_plan(source, conversion).layers if layer.why == ""]
-    formats = [(layer.name, layer.format) for layer in planned]
-    reasons = out_of_line(formats, lambda name: source.read(f"{name}.weight").to(device), on_layer)
-    skips = {name: {"skip": True, "_why": why} for name, why in reasons.items()}
-    selection = replace(conversion.selection, layers={**(conversion.selection.layers or {}), **skips} or None)
-    return replace(conversion, selection=selection)
+def measure_layers(source: Reader, conversion: Conversion, device: torch.device) -> Conversion:
+    """The measured parts of --heur and --max_error: the conversion with a decision for every layer that they change.
+
+    Raises:
+        InputError: as :func:`~lrq.plan.make_plan`.
+    """
+    selection = conversion.selection
+    formats = {layer.name: layer.format for layer in make_plan(source, conversion).layers if not layer.asked}
+
+    def read(name: str) -> torch.Tensor:
+        return source.read(f"{name}.weight").to(device)
+
+    changed: dict[str, dict[str, object]] = {}
+    if selection.heur:
+        reasons = out_of_line(formats.items(), read)
+        changed = {name: {"skip": True, "_why": why} for name, why in reasons.items()}
+    if selection.max_error is not None:
+        for name, fmt in formats.items():
+            wider = None if name in changed else widen(fmt, read(name), selection.max_error)
+            if wider is not None:
+                changed[name] = wider
+    layers = {**(selection.layers or {}), **changed}
+    return replace(conversion, selection=replace(selection, layers=layers or None))
 
 
 def notices(plan: Plan, conversion: Conversion) -> list[str]:

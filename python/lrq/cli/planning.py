@@ -81,9 +81,14 @@ def print_plan(source: str, conversion: Conversion, device: str, as_json: bool, 
 
 
 def _of_measuring(plan: Plan, conversion: Conversion) -> list[str]:
-    if not conversion.selection.heur:
-        return [] if plan.layers else ["no layer can be quantized: there is nothing to convert"]
-    return ["--heur also measures weights when it converts: layers whose error is out of line will stay, and add bytes"]
+    if not plan.layers:
+        return ["no layer can be quantized: there is nothing to convert"]
+    measuring = {"--heur": conversion.selection.heur, "--max_error": conversion.selection.max_error is not None}
+    return [
+        f"{flag} also measures weights when it converts: layers with too large an error become wider, and add bytes"
+        for flag, given in measuring.items()
+        if given
+    ]
 
 
 def _rows(plan: Plan, verbose: bool) -> list[tuple[str, str, str, str, int]]:

@@ -80,7 +80,9 @@ def _decide_part(
         if verdict is QUANTIZE and usual is not None and entry.name not in outside:
             fmt = usual(entry.shape)
             if not isinstance(fmt, str):
-                decisions.layers.append(Layer(entry.name[: -len(SUFFIX)], entry, fmt, "", None, judge.full_precision))
+                decisions.layers.append(
+                    Layer(entry.name[: -len(SUFFIX)], entry, fmt, full_precision=judge.full_precision)
+                )
                 continue
         judge.judge(entry, Verdict("keep", OUTSIDE) if entry.name in outside else verdict, decisions)
 
@@ -121,7 +123,7 @@ class _Judge:
             decisions.kept[entry.name] = reason
             return
         full_precision = choice.storage.full_precision_matrix_mult
-        decisions.layers.append(Layer(name, entry, fmt, choice.why, choice.simple, full_precision))
+        decisions.layers.append(Layer(name, entry, fmt, choice.why, choice.simple, asked is not None, full_precision))
 
     def _by_policy(self, verdict: Verdict) -> tuple[Choice | None, str]:
         if verdict is QUANTIZE:

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from lrq.dialects import comfyui
-from lrq.formats import Format, Shape
+from lrq.formats import FORMATS, Format, Shape
+from lrq.selection.storage import spec_of
 
 TOO_SMALL = 1 << 16
 """Weights of a layer that saves under 0.1 MB, and whose product is over before its kernel has started."""
 THIN = 64
 """Ratio of the sides beyond which a product waits for memory, not for arithmetic."""
+WIDER: tuple[tuple[str, Format], ...] = (("nvfp4", FORMATS["mxfp8"]),)
+"""The next wider format, where there is one before the source's own."""
 OUT_OF_LINE = 2.0
 """Errors more than this times the median of the model's layers in the same format are out of line."""
 FEWEST = 5
@@ -40,6 +43,19 @@ def relative_error(fmt: Format, w: Tensor) -> float:
     norm = torch.linalg.vector_norm(single).item()
     error = fmt.dequantize(fmt.quantize(single, None), tuple(w.shape)) - single
     return torch.linalg.vector_norm(error).item() / norm if norm > 0 else 0.0
+
+
+def widen(fmt: Format, w: Tensor, limit: float) -> dict[str, object] | None:
+    """The rule that stores a weight in the first wider format whose error is within the limit; None: this one's is."""
+    ladder = [fmt, *(wider for name, wider in WIDER if fmt.name == name)]
+    reasons: list[str] = []
+    for candidate in ladder:
+        error = relative_error(candidate, w)
+        if error <= limit:
+            why = f"--max_error {limit:g}: {'; '.join(reasons)}"
+            return {**spec_of(candidate), "_why": why} if reasons else None
+        reasons.append(f"{error:.4f} in {candidate.name}")
+    return {"skip": True, "_why": f"--max_error {limit:g}: {'; '.join(reasons)}"}
 
 
 def out_of_line(

@@ -23,6 +23,8 @@ class Layer:
     """The rule that chose the format; empty: the run's own format."""
     simple: bool | None = None
     """Round to nearest, or not; None: as the run does."""
+    asked: bool = False
+    """A rule of the user's chose the format."""
     full_precision: bool = False
     """The loader is told to multiply in 16 bits."""
 

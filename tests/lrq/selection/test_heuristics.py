@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -61,3 +62,38 @@ def test_a_rule_of_the_users_is_above_the_heuristics(tmp_path):
     flags = ("--heur", "--simple", "--custom-layers", "a", "--custom-type", "nvfp4")
     assert run("convert", "-i", source, "-o", tmp_path / "out", *flags).exit_code == 0
     assert load(tmp_path / "out").stated.keys() == {"a", "b"}
+
+
+def test_max_error_widens_format_by_format(tmp_path):
+    """NVFP4 leaves 0.09 of Gaussian weights, MXFP8 0.026; what has 16 values in a row of zeros is exact in both."""
+    tensors = {"a.weight": normal(64, 64), "b.weight": torch.eye(64), "c.weight": normal(64, 64, seed=1)}
+    source = save(tmp_path / "in", tensors)
+    found = {}
+    for limit in ("0.2", "0.05", "0.01"):
+        flags = (
+            "--nvfp4",
+            "--simple",
+            "--max_error",
+            limit,
+            "--custom-layers",
+            "c",
+            "--custom-type",
+            "nvfp4",
+            "--verbose",
+        )
+        result = run("convert", "-i", source, "-o", tmp_path / limit, *flags)
+        assert result.exit_code == 0, result.output
+        found[limit] = {name: marker["format"] for name, marker in load(tmp_path / limit).stated.items()}
+        assert lrq.verify(tmp_path / limit, source).ok
+    kept = {"b": "nvfp4", "c": "nvfp4"}
+    assert found == {"0.2": {"a": "nvfp4", **kept}, "0.05": {"a": "mxfp8", **kept}, "0.01": kept}
+    assert re.search(r"keep  a.weight: --max_error 0.01: 0.0\d+ in nvfp4; 0.0\d+ in mxfp8", result.stderr)
+
+
+@pytest.mark.parametrize("flags", [("--int8",), ("--int8", "--scaling_mode", "row", "--convrot"), ()])
+def test_max_error_of_other_formats_leads_to_the_source(tmp_path, flags):
+    source = save(tmp_path / "in", {"a.weight": normal(64, 64), "b.weight": torch.full((64, 64), 0.5)})
+    assert (
+        run("convert", "-i", source, "-o", tmp_path / "out", *flags, "--simple", "--max_error", "0.004").exit_code == 0
+    )
+    assert load(tmp_path / "out").stated.keys() == {"b"} and lrq.verify(tmp_path / "out", source).ok
