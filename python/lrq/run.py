@@ -15,6 +15,7 @@ from lrq.checkpoint.writer import Writer
 from lrq.config import Conversion
 from lrq.errors import InputError, printable
 from lrq.formats import STOCK
+from lrq.models.policy import load_policy
 from lrq.models.recognition import Part
 from lrq.pipeline import LayerResult, OnLayer, run_plan
 from lrq.plan import Plan, make_plan
@@ -121,7 +122,7 @@ def notices(plan: Plan, conversion: Conversion) -> list[str]:
     return [
         *(f"{name} is read by {loader}; {STOCK} can't load this file" for name, loader in needs),
         *_left_out(plan),
-        *(_unrecognised(part) for part in plan.parts if part.preset is None and _has_layers(plan, part)),
+        *map(_unrecognised, _by_generic_policy(plan)),
         *conversion.without_effect(),
     ]
 
@@ -140,8 +141,12 @@ def _left_out(plan: Plan) -> list[str]:
     return few + [f"{len(names)} tensors ({names[0]}, ...) are left out: {why}" for why, names in many.items()]
 
 
-def _has_layers(plan: Plan, part: Part) -> bool:
-    return any(layer.name.startswith(part.prefix) for layer in plan.layers)
+def _by_generic_policy(plan: Plan) -> list[Part]:
+    """The parts whose layers the generic policy chose."""
+    prefixes = sorted((part.prefix for part in plan.parts), key=len, reverse=True)
+    quantized = {next(prefix for prefix in prefixes if layer.name.startswith(prefix)) for layer in plan.layers}
+    about = load_policy().about
+    return [part for part in plan.parts if part.prefix in quantized and plan.policies[part.prefix] == about]
 
 
 def _unrecognised(part: Part) -> str:

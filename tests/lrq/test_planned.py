@@ -42,13 +42,19 @@ def planned(*args: object) -> dict:
     return json.loads(result.stdout)
 
 
+def random_tensors(inventory: inventories.Tensors) -> dict[str, torch.Tensor]:
+    """Random weights with the real names, in smaller matrices."""
+    tensors = {}
+    for i, (key, (code, shape)) in enumerate(inventories.small(inventory, 64).items()):
+        dtype = TORCH_DTYPES[code]
+        random = normal(*(shape or (1,)), seed=i).reshape(shape)
+        tensors[key] = random.to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+    return tensors
+
+
 def random_model(path: Path, name: str) -> Path:
     """A model with its real names and smaller matrices, with random weights."""
-    tensors = {}
-    for i, (key, (code, shape)) in enumerate(inventories.small(inventories.tensors(name), 64).items()):
-        dtype = TORCH_DTYPES[code]
-        tensors[key] = normal(*shape, seed=i).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
-    return save(path, tensors)
+    return save(path, random_tensors(inventories.tensors(name)))
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -227,3 +233,39 @@ def test_the_recognised_model_is_printed_by_a_conversion(tmp_path):
     assert "model: Z-Image (preset zimage); kept by: Z-Image + Z-Image, refiners kept" in words
     words = convert(save(tmp_path / "unknown", transformer()), tmp_path / "out").stderr
     assert "notice: model not recognised; the generic policy chose its layers" in words
+
+
+def test_an_all_in_one_checkpoint_is_planned_and_converted_part_by_part(tmp_path):
+    found = dict(inventories.tensors("sdxl_unet"))
+    found |= {f"conditioner.embedders.0.transformer.{k}": v for k, v in inventories.tensors("clip_l_te").items()}
+    found |= {f"text_encoders.t5xxl.transformer.{k}": v for k, v in inventories.tensors("t5xxl_full").items()}
+    found |= {
+        f"first_stage_model.{k}.weight": ("F16", (512, 512, 3, 3)) for k in ("encoder.conv_in", "decoder.conv_in")
+    }
+    found["first_stage_model.decoder.mid.attn_1.q.weight"] = ("F16", (4096, 4096))
+    found["text_encoders.t5xxl.logit_scale"] = ("F16", ())
+    source = save(tmp_path / "in.safetensors", random_tensors(found))
+    said = planned(source, "--nvfp4", "--simple")
+    words = convert(source, tmp_path / "out", "--nvfp4").stderr
+    assert said["output_bytes"] == (tmp_path / "out").stat().st_size
+    assert lrq.verify(tmp_path / "out", source).ok and "not recognised" not in words
+    for line in (
+        "first_stage_model.*: VAE",
+        "model.diffusion_model.*: Stable Diffusion XL",
+        "transformer.*: T5 and UMT5",
+    ):
+        assert line in words
+    quantized, tensors = load(tmp_path / "out").stated, load(tmp_path / "out").tensors
+    assert "first_stage_model.decoder.mid.attn_1.q" not in quantized
+    assert "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q" in quantized
+    assert "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1" in quantized
+    assert (
+        not any("t5xxl.transformer.decoder" in name for name in tensors)
+        and "text_encoders.t5xxl.logit_scale" in tensors
+    )
+
+
+def test_no_preset_needs_no_notice(tmp_path):
+    source = save(tmp_path / "in.safetensors", transformer())
+    words = convert(source, tmp_path / "out", "--preset", "none").stderr
+    assert "kept by: no preset" in words and "notice:" not in words

@@ -46,7 +46,9 @@ def decide(entries: Mapping[str, Entry], conversion: Conversion, where: str) -> 
     parts = recognise(entries)
     tensors = assign(parts, entries.values())
     policies = choose_policies(parts, tensors, conversion.selection.preset, where)
-    decisions = Decisions(parts, policies)
+    # What stands beside a model, a scalar or a table of numbers, is no model that could be recognised.
+    shown = [part for part in parts if part.preset or any(len(entry.shape) > 1 for entry in tensors[part.prefix])]
+    decisions = Decisions(shown, policies)
     rules = UserRules(conversion, entries)
     fallback = conversion.selection.fallback
     judge = _Judge(conversion, rules, None if fallback is None else storage_of(fallback, "--fallback"))
