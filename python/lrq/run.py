@@ -128,8 +128,9 @@ def notices(plan: Plan, conversion: Conversion) -> list[str]:
 
 
 def default_output(source: Path, plan: Plan) -> Path:
-    """``<source>-<format>.safetensors`` beside the source."""
-    return source.with_name(f"{source.name.removesuffix('.safetensors')}-{plan.layers[0].format.name}.safetensors")
+    """``<source>-<format>.safetensors`` beside the source; of a mixed file the format that no rule chose."""
+    usual = next((layer for layer in plan.layers if not layer.why), plan.layers[0])
+    return source.with_name(f"{source.name.removesuffix('.safetensors')}-{usual.format.name}.safetensors")
 
 
 def _left_out(plan: Plan) -> list[str]:

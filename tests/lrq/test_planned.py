@@ -269,3 +269,11 @@ def test_no_preset_needs_no_notice(tmp_path):
     source = save(tmp_path / "in.safetensors", transformer())
     words = convert(source, tmp_path / "out", "--preset", "none").stderr
     assert "kept by: no preset" in words and "notice:" not in words
+
+
+def test_a_mixed_output_is_named_after_the_runs_format(tmp_path):
+    source = random_model(tmp_path / "model.safetensors", "flux1_dev")
+    assert run("convert", "-i", source, "--nvfp4", "--simple").exit_code == 0
+    assert (tmp_path / "model-nvfp4.safetensors").is_file()
+    formats = {marker["format"] for marker in load(tmp_path / "model-nvfp4.safetensors").stated.values()}
+    assert formats == {"nvfp4", "float8_e4m3fn"}

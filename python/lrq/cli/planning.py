@@ -14,6 +14,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from lrq.checkpoint.header import paused_collection
 from lrq.checkpoint.reader import Reader
 from lrq.cli.options import given_settings
 from lrq.cli.progress import model_line, sized
@@ -66,7 +67,7 @@ def dry_run(source: str, conversion: Conversion, device: str, what: str, output:
 def print_plan(source: str, conversion: Conversion, device: str, as_json: bool, verbose: bool) -> None:
     """Print what a conversion would do."""
     chosen = choose_device(device)
-    with Reader(source) as reader:
+    with paused_collection(), Reader(source) as reader:
         plan = make_plan(reader, conversion, allow_empty=True)
         needs = estimate(plan, conversion, chosen)
         if as_json:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,9 @@ def _spec(layer: Layer) -> dict[str, Any]:
 
 def bits_per_weight(plan: Plan) -> tuple[float, float]:
     """Bits of an element: of the quantized layers with their scales, and of the whole model."""
-    sizes = {entry.name: entry.size for entry in plan.header.entries}
-    stored = sum(
-        sizes.get(f"{layer.name}.{suffix}", 0) for layer in plan.layers for suffix in (*comfyui.STORED, comfyui.MARKER)
-    )
     weights = sum(math.prod(layer.source.shape) for layer in plan.layers)
     copied = sum(entry.size for entry in plan.copied)
+    stored = plan.header.data_size - copied
     elements = weights + sum(entry.size * 8 // BITS[entry.dtype] for entry in plan.copied)
     return 8 * stored / max(weights, 1), 8 * (stored + copied) / max(elements, 1)
 
@@ -102,9 +100,10 @@ def models(plan: Plan) -> list[dict[str, Any]]:
 def slow_layers(plan: Plan) -> dict[str, str]:
     """Reason by layer, for those that ComfyUI multiplies in 16 bits."""
     reasons = {}
+    reason = cache(comfyui.full_precision_reason)
     for layer in plan.layers:
         asked = "full_precision_matrix_mult" if layer.full_precision else None
-        why = asked or comfyui.full_precision_reason(layer.format, layer.source.shape)
+        why = asked or reason(layer.format, layer.source.shape)
         if why is not None:
             reasons[layer.name] = why
     return reasons
