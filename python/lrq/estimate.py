@@ -10,7 +10,8 @@ from functools import cache
 import torch
 
 from lrq.config import Conversion, Rounding
-from lrq.formats import Format, Shape
+from lrq.formats import FORMATS, Format, Shape
+from lrq.formats.int8 import Int8
 from lrq.plan import Plan
 from lrq.rounding.solve import quantize_layer
 from lrq.selection.layer import Layer
@@ -97,6 +98,9 @@ def _learned_rate(fmt: Format, device: str) -> float:
 
 
 def _timed(fmt: Format, w: torch.Tensor, rounding: Rounding) -> float:
+    if fmt.refusal(tuple(w.shape)) is not None:
+        # Blocks and groups that the small matrix has no room for cost as little as rows.
+        fmt = FORMATS["int8-row" if isinstance(fmt, Int8) else "fp8-row"]
     started = time.perf_counter()
     quantize_layer(fmt, w, rounding, 0)
     if w.device.type == "cuda":

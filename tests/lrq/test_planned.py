@@ -277,3 +277,19 @@ def test_a_mixed_output_is_named_after_the_runs_format(tmp_path):
     assert (tmp_path / "model-nvfp4.safetensors").is_file()
     formats = {marker["format"] for marker in load(tmp_path / "model-nvfp4.safetensors").stated.values()}
     assert formats == {"nvfp4", "float8_e4m3fn"}
+
+
+CONVROT = ("--int8", "--scaling_mode", "row", "--convrot")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [*FLAGS.values(), CONVROT, (*CONVROT, "--convrot-group-size", "1024"), ("--int8", "--block_size", "384")],
+    ids=" ".join,
+)
+def test_time_is_estimated_for_every_format(tmp_path, flags):
+    path = inventories.sparse(tmp_path / "in.safetensors", inventories.tensors("flux1_dev"))
+    simple, learned = (planned(path, *flags, *more)["estimate"] for more in (("--simple",), ()))
+    assert 0 < simple["seconds"] < learned["seconds"]
+    assert 3e8 < simple["host_peak_bytes"] < learned["host_peak_bytes"] < 1e10
+    assert (simple["gpu_peak_bytes"] > 0) == torch.cuda.is_available()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+import lrq
 from checkpoints import normal, run, save
+from lrq.errors import InputError
 
 WRONG = {
     "--heur": "no layer can be quantized (too small to gain: 2048 weights, under 65536)",
@@ -39,3 +41,29 @@ def test_flags_that_have_no_meaning(tmp_path, command, flags):
     (line,) = result.stderr.splitlines()
     assert result.exit_code == 2 and line.startswith("error: ") and WRONG[flags] in line, line
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"preset": 5},
+        {"preset": [5]},
+        {"preset": "nosuch"},
+        {"preset": {"about": 1}},
+        {"layers": [1]},
+        {"layers": {"blocks.0.fc": 5}},
+        {"layers": {"nowhere": {"skip": True}}},
+        {"layer_config": "missing.json"},
+        {"layer_config": {"(": {"skip": True}}},
+        {"fallback": 8},
+        {"fullmatch": "yes"},
+        {"custom_layers": "fc", "custom_type": "fp9"},
+        {"max_error": "0.1"},
+    ],
+    ids=str,
+)
+def test_the_call_refuses_what_has_no_meaning(tmp_path, settings):
+    source = save(tmp_path / "in.safetensors", {"blocks.0.fc.weight": normal(32, 64)})
+    with pytest.raises(InputError) as caught:
+        lrq.quantize(source, tmp_path / "out.safetensors", simple=True, **settings)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out.safetensors").exists()
