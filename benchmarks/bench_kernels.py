@@ -47,6 +47,10 @@ def same_bits(run: Run, backend: str) -> bool:
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def _outputs_like(found: tuple[Tensor, ...]) -> list[Tensor]:
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in found]
+
+
 class Bench:
     """Collects and prints the rows of one device."""
 
@@ -103,7 +107,10 @@ class Bench:
             "torch.neg": call_microseconds(partial(torch.neg, x), self.device),
             "quantize_nvfp4": call_microseconds(partial(lrq_kernels.quantize_nvfp4, x, scale), self.device),
             "quantize_nvfp4, bound": call_microseconds(lrq_kernels.bind("quantize_nvfp4", x, scale), self.device),
+            "its outputs": call_microseconds(partial(_outputs_like, lrq_kernels.quantize_nvfp4(x, scale)), self.device),
         }
+        call, launch, outputs = list(found.values())[1:]
+        found["overhead"] = call - launch - outputs
         self.rows.append({"host_us_per_call": found})
         print("host us per call:", "  ".join(f"{name} {us:.1f}" for name, us in found.items()))
 

@@ -33,6 +33,7 @@ constexpr int kHeldTimes = 2;
 // A thread block rotates and holds a row; of a row too long for that it rotates all but the last columns again.
 template <int kGroup, class T, bool kAligned>
 __global__ void __launch_bounds__(kRotationThreads) rotated_rows_kernel(Scaled layout) {
+    await_predecessor();
     extern __shared__ float4 room[];
     const Rotation<kGroup> rotation(reinterpret_cast<float*>(room));
     const int64_t matrix = batch_index(), row = blockIdx.x;
@@ -114,7 +115,7 @@ void quantize_int8(const Tensor& x, const std::string& scaling, int64_t block, c
     constexpr char kOperation[] = "quantize_int8";
     const Scaled layout = scaled_of(x, scaling, block, given_scale, group, codes, scale, kOperation);
     const DeviceGuard guard(x.device_index, kOperation);
-    if (!group) return quantize_scaled<Codec>(layout, room, x.device_index, stream, kOperation);
+    if (!group) return quantize_scaled<Codec>(layout, room, stream, kOperation);
     require(scaling == "row", "quantize_int8: only rows with a scale each are rotated here");
     if (x.type == Type::kBFloat16)
         quantize_rotated<BFloat16>(layout, stream, kOperation);

@@ -9,7 +9,6 @@
 #include "expand.h"
 #include "launch.h"
 #include "load.h"
-#include "resident.h"
 
 namespace lrq::cuda {
 namespace {
@@ -105,16 +104,18 @@ struct Span {
     template <class T, class Quantize>
     __device__ __forceinline__ void store(const Layout& layout, int64_t matrix, const Block16<T> (&blocks)[kRows],
                                           uint4 (&staged)[kSpanTiles][kRows], const Quantize& quantize) const {
-        uint2* const codes =
+        uint2* codes =
             reinterpret_cast<uint2*>(layout.codes) + (matrix * layout.code_rows + first_row) * layout.blocks + block;
+        uint8_t* const own = reinterpret_cast<uint8_t*>(&staged[lane / 4][0]) + warp * 4 + lane % 4;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             uint32_t scale = 0;
             if (i < full)
-                codes[i * layout.blocks] = quantize(blocks[i], scale);
+                *codes = quantize(blocks[i], scale);
             else if (i < coded)
-                codes[i * layout.blocks] = make_uint2(0, 0);
-            reinterpret_cast<uint8_t*>(&staged[lane / 4][i])[warp * 4 + lane % 4] = static_cast<uint8_t>(scale);
+                *codes = make_uint2(0, 0);
+            own[i * sizeof(uint4)] = static_cast<uint8_t>(scale);
+            codes += layout.blocks;
         }
         __syncthreads();
         const int64_t tile = int64_t{span} * kSpanTiles + threadIdx.x / kRows;
@@ -127,8 +128,9 @@ struct Span {
 };
 
 template <class T, bool kSearch, bool kWhole>
-__global__ void __launch_bounds__(kThreads, kSearch ? 4 : 6)
-    quantize_kernel(Layout layout, uint32_t spans, const float* amax, float coherence) {
+__global__ void __launch_bounds__(kThreads, kSearch ? 4 : 7)
+    quantize_kernel(Layout layout, uint32_t spans, Found found, float coherence) {
+    await_predecessor();
     constexpr int kRows = kSearch ? 1 : kRowsOf<T>;
     __shared__ uint4 staged[kSpanTiles][kRows];
     const int64_t matrix = blockIdx.y;
@@ -137,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kSearch ? 4 : 6)
     Block16<T> blocks[kRows];
     span.template load<kWhole>(layout, matrix, blocks);
     const float outer =
-        layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(amax[matrix]);
+        layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(found.of(matrix));
     if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = outer;
     const Quotient by_outer(outer, 0.0f);
     span.store(layout, matrix, blocks, staged, [&](const Block16<T>& block, uint32_t& scale) {
@@ -146,81 +148,25 @@ __global__ void __launch_bounds__(kThreads, kSearch ? 4 : 6)
     });
 }
 
-// A unit of resident.h: whole blocks, scales by the rule from the amax of the matrix.
-template <class T>
-struct RuledUnit {
-    static constexpr int kThreads = cuda::kThreads;
-    static constexpr int kBlocks = sizeof(T) == sizeof(float) ? 4 : 6;
-    static constexpr int kRows = kRowsOf<T>;
-    struct Layout {
-        nvfp4::Layout of;
-        uint32_t spans;
-    };
-    struct Held {
-        static constexpr int kWords = kRows * Block16<T>::kWords;
-        Block16<T> blocks[kRows];
-        __device__ __forceinline__ uint32_t& word(int i) {
-            return blocks[i / Block16<T>::kWords].words[i % Block16<T>::kWords];
-        }
-    };
-
-    static __device__ __forceinline__ void load(const Layout& layout, uint32_t matrix, uint32_t unit, Held& held) {
-        const Span<kRows> span(layout.of, layout.spans, unit);
-#pragma unroll
-        for (int i = 0; i < kRows; ++i)
-            if (i >= span.full) held.blocks[i] = Block16<T>{};
-        span.template load<true>(layout.of, matrix, held.blocks);
-    }
-
-    static __device__ __forceinline__ uint32_t most(const Held& held) {
-        float most = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) most = fmaxf(most, held.blocks[i].amax());
-        return __float_as_uint(most);
-    }
-
-    static __device__ __forceinline__ void quantize(const Layout& layout, uint32_t matrix, uint32_t unit,
-                                                    const Held& held, float amax) {
-        __shared__ uint4 staged[kSpanTiles][kRows];
-        const float outer = nvfp4::scale_of_amax(amax);
-        if (unit == 0 && threadIdx.x == 0) layout.of.tensor_scale[matrix] = outer;
-        const Quotient by_outer(outer, 0.0f);
-        // What the unit before staged has been read.
-        __syncthreads();
-        const Span<kRows> span(layout.of, layout.spans, unit);
-        span.store(layout.of, matrix, held.blocks, staged, [&](const Block16<T>& block, uint32_t& scale) {
-            return quantize_by_rule(block, by_outer, outer, scale);
-        });
-    }
-};
-
 template <class T, bool kSearch>
-void run(const Layout& layout, const std::optional<Tensor>& room, float coherence, int device, uintptr_t stream) {
+void run(const Layout& layout, const std::optional<Tensor>& room, float coherence, uintptr_t stream) {
     const bool whole = is_aligned<T>(layout.x) && layout.blocks * kBlock == layout.x.columns;
     require(layout.x.batch <= kMaxGridY, "quantize_nvfp4: too many matrices for one launch");
     const int64_t spans = (layout.column_tiles + kSpanTiles - 1) / kSpanTiles;
     const int64_t blocks = layout.row_tiles * (kSearch ? 32 : 32 / kRowsOf<T>)*spans;
     require(blocks <= kMaxGridX && layout.blocks < kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
-    float* const amax = room ? static_cast<float*>(room->data) : nullptr;
-    if (!layout.given_scale) {
-        if (!kSearch && whole &&
-            launch_resident<RuledUnit<T>>({layout, static_cast<uint32_t>(spans)}, layout.x.batch, blocks, amax,
-                                          room->size(1), device, stream, kOperation))
-            return;
-        launch_amax<T>(layout.x, amax, stream, kOperation);
-    }
+    const Found found = layout.given_scale ? Found{} : find_amax<T>(layout.x, *room, stream, kOperation);
     const auto kernel = whole ? quantize_kernel<T, kSearch, true> : quantize_kernel<T, kSearch, false>;
     launch(kOperation, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(layout.x.batch)),
-           dim3(kThreads), stream, layout, static_cast<uint32_t>(spans), amax, coherence);
+           dim3(kThreads), stream, layout, static_cast<uint32_t>(spans), found, coherence);
 }
 
 template <class T>
-void run(const Layout& layout, const std::optional<Tensor>& room, std::optional<double> coherence, int device,
-         uintptr_t stream) {
+void run(const Layout& layout, const std::optional<Tensor>& room, std::optional<double> coherence, uintptr_t stream) {
     if (coherence)
-        run<T, true>(layout, room, static_cast<float>(*coherence), device, stream);
+        run<T, true>(layout, room, static_cast<float>(*coherence), stream);
     else
-        run<T, false>(layout, room, 0.0f, device, stream);
+        run<T, false>(layout, room, 0.0f, stream);
 }
 
 struct Nvfp4 {
@@ -230,11 +176,20 @@ struct Nvfp4 {
         return tensor_scale * decode_signed_e4m3(code);
     }
 
-    // The even column is in the high nibble.
-    static __device__ __forceinline__ void decode(const uint32_t* words, int pair, float& even, float& odd) {
-        const uint32_t byte = words[pair / 4] >> pair % 4 * 8;
-        even = decode_e2m1(byte >> 4);
-        odd = decode_e2m1(byte);
+    // Values of 8 or 4 codes, two at a time: the bits of a code are those of a half, but for the exponent's bias.
+    template <int kCount>
+    static __device__ __forceinline__ void decode(const uint32_t* words, float (&values)[kCount]) {
+        constexpr int kApart = kCount / 2;
+        const uint32_t codes = kCount == 8 ? words[0] : __byte_perm(words[0], 0, 0x4140);
+#pragma unroll
+        for (int i = 0; i < kApart; ++i) {
+            const uint32_t magnitudes = (4 * i < 9 ? codes << (9 - 4 * i) : codes >> (4 * i - 9)) & 0x0e000e00u;
+            const uint32_t bits = magnitudes | (codes << (12 - 4 * i) & 0x80008000u);
+            const float2 two =
+                __half22float2(__hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(0x1p14f)));
+            // The even column is in the high nibble.
+            values[i ^ 1] = two.x, values[(i + kApart) ^ 1] = two.y;
+        }
     }
 };
 
@@ -257,15 +212,14 @@ void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, c
                     std::optional<double> coherence, const Tensor& codes, const Tensor& block_scales,
                     const Tensor& tensor_scale, uintptr_t stream) {
     const Layout layout = nvfp4::layout_of(x, given_scale, codes, block_scales, tensor_scale);
-    require(given_scale || (room && room->size(1) >= layout.x.batch),
-            "quantize_nvfp4: either a given scale or room for the amax");
+    require(given_scale || room, "quantize_nvfp4: either a given scale or room for the amax");
     const DeviceGuard guard(x.device_index, kOperation);
     if (x.type == Type::kBFloat16)
-        run<BFloat16>(layout, room, coherence, x.device_index, stream);
+        run<BFloat16>(layout, room, coherence, stream);
     else if (x.type == Type::kFloat16)
-        run<Float16>(layout, room, coherence, x.device_index, stream);
+        run<Float16>(layout, room, coherence, stream);
     else
-        run<float>(layout, room, coherence, x.device_index, stream);
+        run<float>(layout, room, coherence, stream);
 }
 
 void dequantize_nvfp4(const Tensor& codes, const Tensor& block_scales, const Tensor& tensor_scale, const Tensor& out,

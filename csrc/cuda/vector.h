@@ -94,6 +94,19 @@ __device__ __forceinline__ uint32_t block_largest(uint32_t bits) {
     return __reduce_max_sync(kWholeWarp, lane < blockDim.x / kWarpSize ? shared[lane] : 0u);
 }
 
+// Two values in a word, ties to even.
+__device__ __forceinline__ uint32_t narrow_pair(float high, float low, BFloat16) {
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+__device__ __forceinline__ uint32_t narrow_pair(float high, float low, Float16) {
+    uint32_t packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
 // Division of numbers below 2^31 by one divisor (Granlund and Montgomery, 1994).
 class Divisor {
   public:
