@@ -225,11 +225,8 @@ def quantize_matrix(x: Tensor, given: Tensor | None, codes: Tensor, scales: Tens
 
 def rows_config(columns: int, group: int) -> dict[str, int] | None:
     """How `rows_kernel` holds rows, None if they are too long for it."""
-    if group:
-        # float32 is held, not what was loaded.
-        most, longest = _MOST_ROTATED_CHUNKS, _ROTATED_CHUNK
-    else:
-        most, longest = _MOST_CHUNKS, _CHUNK
+    # Of rotated rows float32 is held, not what was loaded.
+    most, longest = (_MOST_ROTATED_CHUNKS, _ROTATED_CHUNK) if group else (_MOST_CHUNKS, _CHUNK)
     chunk = width(columns, longest, max(16, group))
     while columns > most * chunk and chunk < longest:
         chunk *= 2
