@@ -23,7 +23,7 @@ FORMATS = {
 
 def kernel_table() -> str:
     """Share of the copy bandwidth by case and shape, and the time of the best peer over ours."""
-    results = _read("kernels-h100")
+    results = _read("kernels-h200")
     rows = [row for row in results["results"] if "case" in row]
     machine, copy = results["machine"], results["results"][0]["copy_gb_s"]
     where = f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, commit {machine['commit']}"
@@ -78,7 +78,8 @@ def cpu_table() -> str:
             continue
         us, peer = found["cpu"]["us"], _best_peer(found)
         ratio = f"{peer / us:.1f}×" if peer else ""
-        share = f"{found['cpu']['percent_of_copy']:.0f}"
+        percent = found["cpu"]["percent_of_copy"]
+        share = f"{percent:.0f}" if percent >= 1 else f"{percent:.1f}"
         lines.append(f"| {case} | {found['reference']['us'] / us:.0f}× | {ratio} | {share} |")
     return "\n".join(lines) + "\n"
 

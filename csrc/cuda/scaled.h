@@ -114,17 +114,18 @@ __global__ void __launch_bounds__(kScaledThreads, kScaledBlocks) matrix_kernel(W
         layout.store<Codec, true, kAligned>(matrix, share, held, scale);
 }
 
-// A thread block for each tile, a row or a square block, which it holds; of a tile too large for that it reads all but
-// the last vectors again.
-template <class Codec, class T, int kHeld, int kThreads, bool kAligned>
+// A thread block, or a warp, for each tile, a row or a square block, which it holds; of a tile too large for that it
+// reads all but the last vectors again.
+template <class Codec, class T, int kHeld, int kThreads, bool kAligned, int kTogether>
 __global__ void __launch_bounds__(kThreads)
-    tile_kernel(Scaled layout, Divisor tiles_across, Divisor across, uint32_t vectors) {
+    tile_kernel(Scaled layout, Divisor tiles_across, Divisor across, uint32_t tiles, uint32_t vectors) {
     await_predecessor();
     const int64_t matrix = batch_index();
-    if (matrix >= layout.x.batch) return;
-    const uint32_t down = tiles_across.quotient(blockIdx.x);
+    const uint32_t tile = blockIdx.x * kTogether + threadIdx.y;
+    if (matrix >= layout.x.batch || tile >= tiles) return;
+    const uint32_t down = tiles_across.quotient(tile);
     const int64_t first_row = down * layout.tile_rows;
-    const int64_t first_column = tiles_across.remainder(blockIdx.x, down) * layout.tile_columns;
+    const int64_t first_column = tiles_across.remainder(tile, down) * layout.tile_columns;
     const T* const source = static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride +
                             first_row * layout.x.row_stride + first_column;
     uint8_t* const out =
@@ -150,9 +151,9 @@ __global__ void __launch_bounds__(kThreads)
         for (int j = 0; j < kHeld; ++j) most = most_of(held[j], most);
         if (first + step >= vectors) break;
     }
-    const float amax = __uint_as_float(block_largest(__float_as_uint(widen_most<T>(most))));
+    const float amax = __uint_as_float(tile_largest<kTogether>(__float_as_uint(widen_most<T>(most))));
     const float scale = Codec::scale(amax, false);
-    if (threadIdx.x == 0) layout.scales[matrix * gridDim.x + blockIdx.x] = scale;
+    if (threadIdx.x == 0) layout.scales[matrix * tiles + tile] = scale;
     const typename Codec::Quotient quotient(scale, amax);
     for (;; first -= step) {
 #pragma unroll
@@ -170,18 +171,19 @@ __global__ void __launch_bounds__(kThreads)
 
 inline int64_t vectors_in(int64_t columns) { return (columns + kVector - 1) / kVector; }
 
-template <class Codec, class T, int kHeld, int kThreads>
+template <class Codec, class T, int kHeld, int kThreads, int kTogether>
 void launch_tiles(const Scaled& layout, bool aligned, uintptr_t stream, const char* operation) {
     const int64_t across = vectors_in(layout.tile_columns), vectors = across * layout.tile_rows;
     require(vectors <= std::numeric_limits<int32_t>::max() / 2,
             std::string(operation) + ": the matrix is too large for one launch");
     const int64_t wanted = (vectors + kHeld * kWarpSize - 1) / (kHeld * kWarpSize) * kWarpSize;
-    const auto threads = static_cast<unsigned>(std::min<int64_t>(wanted, kThreads));
-    const auto kernel =
-        aligned ? tile_kernel<Codec, T, kHeld, kThreads, true> : tile_kernel<Codec, T, kHeld, kThreads, false>;
-    launch(operation, kernel, batch_grid(layout.tiles_down() * layout.tiles_across(), layout.x.batch, operation),
-           dim3(threads), stream, layout, Divisor(layout.tiles_across(), operation), Divisor(across, operation),
-           static_cast<uint32_t>(vectors));
+    const auto threads = static_cast<unsigned>(std::min<int64_t>(wanted, kThreads / kTogether));
+    const auto kernel = aligned ? tile_kernel<Codec, T, kHeld, kThreads, true, kTogether>
+                                : tile_kernel<Codec, T, kHeld, kThreads, false, kTogether>;
+    const int64_t tiles = layout.tiles_down() * layout.tiles_across();
+    launch(operation, kernel, batch_grid((tiles + kTogether - 1) / kTogether, layout.x.batch, operation),
+           dim3(threads, kTogether), stream, layout, Divisor(layout.tiles_across(), operation),
+           Divisor(across, operation), static_cast<uint32_t>(tiles), static_cast<uint32_t>(vectors));
 }
 
 template <class Codec, class T>
@@ -205,13 +207,15 @@ void quantize_as(const Scaled& layout, const std::optional<Tensor>& room, uintpt
     const bool aligned = is_aligned_throughout<T>(layout.x) && layout.tile_columns % kVector == 0 &&
                          is_multiple(layout.out, sizeof(uint2));
     // A block of 128 x 128 fits into the registers of as few threads as hold 128 bytes each.
-    constexpr int kOfBlock = 128 / (kVector * sizeof(T));
+    constexpr int kOfBlock = 128 / (kVector * sizeof(T)), kOfRow = 4;
     if (layout.of_tensor)
         quantize_whole<Codec, T>(layout, aligned, room, stream, operation);
+    else if (layout.tile_rows == 1 && vectors_in(layout.tile_columns) <= kOfRow * kWarpSize)
+        launch_tiles<Codec, T, kOfRow, kWarpsTogether * kWarpSize, kWarpsTogether>(layout, aligned, stream, operation);
     else if (layout.tile_rows == 1)
-        launch_tiles<Codec, T, 4, 1024>(layout, aligned, stream, operation);
+        launch_tiles<Codec, T, kOfRow, 1024, 1>(layout, aligned, stream, operation);
     else
-        launch_tiles<Codec, T, kOfBlock, 2048 / kOfBlock>(layout, aligned, stream, operation);
+        launch_tiles<Codec, T, kOfBlock, 2048 / kOfBlock, 1>(layout, aligned, stream, operation);
 }
 
 // `room` holds a float32 for every matrix and, for one launch to do, every thread block; absent unless a matrix has one

@@ -94,6 +94,16 @@ __device__ __forceinline__ uint32_t block_largest(uint32_t bits) {
     return __reduce_max_sync(kWholeWarp, lane < blockDim.x / kWarpSize ? shared[lane] : 0u);
 }
 
+// Tiles that fit a warp share a thread block, each with a warp along y: thread blocks of a single warp cost more to
+// start than they take to run.
+constexpr int kWarpsTogether = 4;
+
+// The largest in a thread block, or in a warp where it has a tile of its own.
+template <int kTogether>
+__device__ __forceinline__ uint32_t tile_largest(uint32_t bits) {
+    return kTogether == 1 ? block_largest(bits) : __reduce_max_sync(kWholeWarp, bits);
+}
+
 // Two values in a word, ties to even.
 __device__ __forceinline__ uint32_t narrow_pair(float high, float low, BFloat16) {
     uint32_t packed;

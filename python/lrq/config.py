@@ -84,7 +84,7 @@ class Storage:
 class Rounding:
     """How the codes are chosen."""
 
-    simple: bool = _setting(False, "Round to nearest; no learned rounding.")
+    simple: bool = _setting(False, "Round to nearest, with the best scales; no learned rounding.")
     scale_search: bool = _setting(
         True, "Search the best representable block scales of NVFP4 and MXFP8; off: from each block's amax.", on_off=True
     )
@@ -126,7 +126,10 @@ class Conversion:
     storage: Storage = field(default_factory=Storage)
     rounding: Rounding = field(default_factory=Rounding)
     exclude_layers: str | None = _setting(
-        None, "Regular expression; layers whose name it finds keep their precision.", metavar="REGEX"
+        None,
+        "Regular expression; layers whose name it finds keep their precision. Given again, it excludes those as well.",
+        metavar="REGEX",
+        alternatives=True,
     )
     seed: int = _setting(0, "Seed of the order in which learned rounding visits columns.", minimum=0)
 

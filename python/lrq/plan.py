@@ -85,7 +85,7 @@ def make_plan(source: Reader, conversion: Conversion) -> Plan:
             continue
         name = entry.name.removesuffix(SUFFIX)
         if excluded is not None and excluded.search(name):
-            kept[entry.name] = "excluded by --exclude-layers"
+            kept[entry.name] = "excluded by --exclude_layers"
             continue
         chosen = choose_format(conversion.storage, entry.shape)
         if isinstance(chosen, str):
@@ -93,7 +93,7 @@ def make_plan(source: Reader, conversion: Conversion) -> Plan:
         else:
             layers.append(Layer(name, entry, chosen))
     if excluded is not None and not any(excluded.search(name) for name in _modules(source)):
-        raise InputError(f"--exclude-layers {printable(conversion.exclude_layers or '')}: finds no layer to exclude")
+        raise InputError(f"--exclude_layers {printable(conversion.exclude_layers or '')}: finds no layer to exclude")
     if not layers:
         raise InputError(f"{source.path}: no layer can be quantized ({_why_none(source, kept, refused)})")
     return _assemble(source, conversion, tuple(layers), kept, refused)
@@ -124,7 +124,7 @@ def _compile_excluded(expression: str | None) -> re.Pattern[str] | None:
     try:
         return re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"--exclude-layers {printable(expression)}: not a regular expression: {error}") from None
+        raise InputError(f"--exclude_layers {printable(expression)}: not a regular expression: {error}") from None
 
 
 def _modules(source: Reader) -> list[str]:

@@ -76,6 +76,11 @@ def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _alternatives(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> str | None:
+    """One regular expression that finds what any of the given ones finds."""
+    return "|".join(f"(?:{one})" for one in value) if len(value) > 1 else next(iter(value), None)
+
+
 def _option(setting: dataclasses.Field[Any]) -> Callable[..., Any]:
     meta, default = setting.metadata, setting.default
     flag = f"--{setting.name}"
@@ -88,6 +93,8 @@ def _option(setting: dataclasses.Field[Any]) -> Callable[..., Any]:
             help=meta["meaning"],
             callback=lambda ctx, param, value: value == "on",
         )
+    if meta.get("alternatives"):
+        return click.option(flag, multiple=True, metavar=meta["metavar"], help=meta["meaning"], callback=_alternatives)
     if isinstance(default, bool):
         return click.option(flag, is_flag=True, default=default, help=meta["meaning"])
     kind: Any = str

@@ -17,6 +17,7 @@ from lrq.checkpoint.header import Entry
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 SUFFIX = ".weight"
 NOT_A_WEIGHT = "not a matrix of weights"
+UNNAMED_BANK = "bank of experts without .weight in its name: no loader would find its scales"
 QUANTIZED_SIBLINGS = ("comfy_quant", "weight_scale", "scale_weight", "weight_s_rel")
 """A weight beside one of these is quantized already, whatever its dtype."""
 
@@ -50,7 +51,8 @@ class Policy:
 
     def _refusal(self, entry: Entry, names: set[str]) -> str | None:
         if not entry.name.endswith(SUFFIX) or len(entry.shape) < 2:
-            return NOT_A_WEIGHT
+            bare_bank = len(entry.shape) == 3 and self.banks.search(entry.name) is not None
+            return UNNAMED_BANK if bare_bank else NOT_A_WEIGHT
         module = entry.name.removesuffix(SUFFIX)
         if any(f"{module}.{sibling}" in names for sibling in QUANTIZED_SIBLINGS):
             return "quantized already"
