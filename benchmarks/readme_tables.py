@@ -52,7 +52,7 @@ def _best_peer(found: dict[str, dict]) -> float | None:
 
 def _gpu_cell(rows: list[dict], case: str, shape: str) -> str:
     found = {row["who"]: row for row in rows if (row["case"], row["shape"]) == (case, shape)}
-    shares = [f"{found[who]['percent_of_copy']:.0f}" for who in ("cuda", "triton") if who in found]
+    shares = [f"{found[who]['percent_of_copy']:.0f}" for who in ("torch", "cuda", "triton") if who in found]
     peer = _best_peer(found)
     ratio = f" ({peer / found['cuda']['us']:.1f}×)" if peer and "cuda" in found else ""
     return " / ".join(shares) + ratio
