@@ -61,6 +61,13 @@ inline bool may_begin_early(const char* operation) {
     return major >= 9;
 }
 
+inline int64_t multiprocessors(const char* operation) {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device), operation);
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), operation);
+    return count;
+}
+
 template <class... Parameters, class... Arguments>
 void launch_sharing(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                     uintptr_t stream, Arguments... arguments) {
