@@ -50,7 +50,7 @@ __device__ __forceinline__ uint2 quantize_by_rule(const Block16<T>& block, const
 }
 
 // How many thread blocks of the search share a multiprocessor.
-constexpr int kSieveBlocks = 4;
+constexpr int kSieveBlocks = 5;
 
 template <class T>
 __device__ __forceinline__ uint2 quantize_by_search(const Block16<T>& block, float outer, float coherence,
@@ -94,6 +94,14 @@ __global__ void __launch_bounds__(kSpanThreads, kSearch ? 4 : 7)
     });
 }
 
+// The amax; of a block with a NaN, that.
+__device__ __forceinline__ float bound_of(const Block16<BFloat16>& block) {
+    uint32_t most = 0;
+#pragma unroll
+    for (uint32_t word : block.words) most = __vmaxu2(most, word & 0x7fff7fffu);
+    return widen_most<BFloat16>(most);
+}
+
 // Of bfloat16. Thread blocks stay, for the sake of their table.
 template <bool kWhole>
 __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
@@ -115,10 +123,10 @@ __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
         Block16<BFloat16> blocks[1];
         span.template load<kWhole>(layout, matrix, blocks);
         const Block16<BFloat16>& block = blocks[0];
-        uint3 found_here = make_uint3(0, 0, 0);
+        uint3 result = make_uint3(0, 0, 0);
         uint32_t doubtful = 0;
         int first = 0;
-        const float most = span.full > 0 ? block.amax() : 0.0f;
+        const float most = span.full > 0 ? bound_of(block) : 0.0f;
         const float ratio = by_outer.of(Quotient(kE2M1Max, 1.0f / kE2M1Max, true).of(most));
         bool lost = most > 0.0f;
         if (sieved && Sieve::serves(most, ratio)) {
@@ -127,15 +135,15 @@ __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
             lost = !sieve.decides();
             doubtful = sieve.doubtful();
             const int code = first - Sieve::kBelow + __ffs(static_cast<int>(doubtful)) - 1;
-            found_here = make_uint3(sieve.codes(0, code), sieve.codes(1, code), static_cast<uint32_t>(code));
+            result = make_uint3(sieve.codes(0, code), sieve.codes(1, code), static_cast<uint32_t>(code));
             if (lost || (doubtful & (doubtful - 1)) == 0) doubtful = 0;
         }
-        settle(block, doubtful, first, outer, coherence, weights[threadIdx.x / kWarpSize], found_here);
-        if (lost) found_here = search_rarely(block, outer, coherence);
+        settle(block, doubtful, first, outer, coherence, weights[threadIdx.x / kWarpSize], result);
+        if (lost) result = search_rarely(block, outer, coherence);
         span.store(layout, matrix, blocks, staged, [&](const Block16<BFloat16>&, uint32_t& scale) {
-            scale = found_here.z;
-            if (lost || scale == 0) return make_uint2(found_here.x, found_here.y);
-            return make_uint2(found_here.x | signs_of(block, 0), found_here.y | signs_of(block, 4));
+            scale = result.z;
+            if (lost || scale == 0) return make_uint2(result.x, result.y);
+            return make_uint2(result.x | signs_of(block, 0), result.y | signs_of(block, 4));
         });
     }
 }

@@ -14,6 +14,23 @@ __device__ __forceinline__ float sum_of_lanes(float term) {
     return term;
 }
 
+// Quotients that round to E2M1 as true ones; the caller divides by normal numbers near 1.
+class LaneQuotient {
+  public:
+    __device__ __forceinline__ explicit LaneQuotient(float divisor) : divisor_(divisor), parts_(divisor) {}
+
+    __device__ __forceinline__ float reciprocal() const {
+        return TwoPartReciprocal::serves(divisor_) ? parts_.high() : reciprocal_of(divisor_);
+    }
+    __device__ __forceinline__ float of(float dividend) const {
+        return TwoPartReciprocal::serves(divisor_) ? parts_.times(dividend) : divide(dividend, divisor_);
+    }
+
+  private:
+    float divisor_;
+    TwoPartReciprocal parts_;
+};
+
 // What search.h does, for the blocks with `doubtful` codes (see Sieve), by the whole warp: one block after another, a
 // weight to a lane, two codes at a time. Sets codes without signs and the scale of each.
 __device__ __forceinline__ void settle(const Block16<BFloat16>& block, uint32_t doubtful, int first, float outer,
@@ -46,8 +63,9 @@ __device__ __forceinline__ void settle(const Block16<BFloat16>& block, uint32_t 
                 const uint32_t bit = lane < kHalf ? low : high;
                 const int code = least + 31 - __clz(static_cast<int>(bit));
                 const float scale = outer * decode_e4m3(code) * unit;
-                const float y = scaled * reciprocal_of(scale);
-                const float error = nearest_e2m1(divide(scaled, scale)) - y;
+                const LaneQuotient by_scale(scale);
+                const float y = scaled * by_scale.reciprocal();
+                const float error = nearest_e2m1(by_scale.of(scaled)) - y;
                 const float square = scale * scale;
                 const float plain = square * sum_of_lanes(error * error);
                 const float along = square * sum_of_lanes(error * y);
@@ -67,7 +85,7 @@ __device__ __forceinline__ void settle(const Block16<BFloat16>& block, uint32_t 
                 left = last < 32 ? left & ((2u << last) - 1u) : left;
             }
         }
-        const uint32_t code = encode_e2m1(divide(weight, outer * decode_e4m3(best_code)));
+        const uint32_t code = encode_e2m1(LaneQuotient(outer * decode_e4m3(best_code) * unit).of(scaled));
         const uint32_t placed = code << (i % 8 / 2 * 8 + (i % 2 ? 0 : 4));
         const uint32_t codes[2] = {__reduce_or_sync(kWholeWarp, i < 8 ? placed : 0u),
                                    __reduce_or_sync(kWholeWarp, i < 8 ? 0u : placed)};

@@ -7,83 +7,9 @@
 #pragma once
 
 #include "../nvfp4.h"
+#include "packed.h"
 
 namespace lrq::cuda {
-
-// Byte i of the result is byte `selectors[i]` of the eight of `low` and `high`.
-LRQ_INLINE uint32_t permute(uint32_t low, uint32_t high, uint32_t selectors) {
-#ifdef __CUDA_ARCH__
-    // The intrinsic would mask selectors, which are below 8.
-    uint32_t result;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selectors));
-    return result;
-#else
-    const uint64_t both = uint64_t{high} << 32 | low;
-    uint32_t result = 0;
-    for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(both >> (selectors >> 4 * i & 7) * 8 & 0xff) << 8 * i;
-    return result;
-#endif
-}
-
-// Bits of `a` where the mask has ones, else of `b`: one instruction, which the compiler does not find.
-LRQ_INLINE uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
-#ifdef __CUDA_ARCH__
-    uint32_t result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(result) : "r"(mask), "r"(a), "r"(b));
-    return result;
-#else
-    return (mask & a) | (~mask & b);
-#endif
-}
-
-// The low word of both, shifted to the right.
-LRQ_INLINE uint32_t funnel(uint32_t low, uint32_t high, uint32_t shift) {
-#ifdef __CUDA_ARCH__
-    return __funnelshift_r(low, high, shift);
-#else
-    return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> shift);
-#endif
-}
-
-LRQ_INLINE uint32_t dot_bytes(uint32_t a, uint32_t b, uint32_t sum) {
-#ifdef __CUDA_ARCH__
-    return __dp4a(a, b, sum);
-#else
-    for (int i = 0; i < 32; i += 8) sum += (a >> i & 0xff) * (b >> i & 0xff);
-    return sum;
-#endif
-}
-
-// Of the halves of `pair` and two bytes, those of the low or the high half.
-LRQ_INLINE uint32_t dot_low(uint32_t pair, uint32_t bytes, uint32_t sum) {
-#ifdef __CUDA_ARCH__
-    return __dp2a_lo(pair, bytes, sum);
-#else
-    return sum + (pair & 0xffff) * (bytes & 0xff) + (pair >> 16) * (bytes >> 8 & 0xff);
-#endif
-}
-
-LRQ_INLINE uint32_t dot_high(uint32_t pair, uint32_t bytes, uint32_t sum) {
-#ifdef __CUDA_ARCH__
-    return __dp2a_hi(pair, bytes, sum);
-#else
-    return dot_low(pair, bytes >> 16, sum);
-#endif
-}
-
-// max(a + b, 0) of either half, signed.
-LRQ_INLINE uint32_t add_above_zero(uint32_t a, uint32_t b) {
-#ifdef __CUDA_ARCH__
-    return __viaddmax_s16x2(a, b, 0u);
-#else
-    uint32_t result = 0;
-    for (int i = 0; i < 32; i += 16) {
-        const int16_t sum = static_cast<int16_t>((a >> i) + (b >> i));
-        result |= static_cast<uint32_t>(sum > 0 ? sum : 0) << i;
-    }
-    return result;
-#endif
-}
 
 // Codes of one weight under the eight scales of an octave, the smallest scale in the low nibble, and under those of the
 // two octaves above it.
@@ -143,7 +69,8 @@ class Sieve {
     }
 
     LRQ_INLINE Sieve(const uint32_t (&words)[8], float most, float ratio, float tensor_scale, float coherence,
-                     const Octaves* table) {
+                     const Octaves* table)
+        : coherence_(coherence) {
         const int wanted = static_cast<int>(encode_e4m3(ratio * 0.825f));
         first_ = wanted < kE4M3LastCode - kCount + 1 ? wanted : kE4M3LastCode - kCount + 1;
         // In units in which twice the largest weight is an integer of 15 bits. Where a smaller one is none, its codes
@@ -160,18 +87,16 @@ class Sieve {
         LRQ_UNROLL
         for (int i = 0; i < kBlock / 2; ++i) {
             const uint32_t bits = words[i] & 0x7fff7fffu;
-            const float even = from_bits(permute(bits, 0, 0x1044)) * unit,
-                        odd = from_bits(permute(bits, 0, 0x3244)) * unit;
+            const float even = from_bits(permute(bits, 0, 0x1044)), odd = from_bits(permute(bits, 0, 0x3244));
             squares[0] = fused(even, even, squares[0]);
             squares[1] = fused(odd, odd, squares[1]);
-            doubles[i] = permute(to_bits(odd + 0x1p23f), to_bits(even + 0x1p23f), 0x5410);
+            doubles[i] = permute(to_bits(fused(odd, unit, 0x1p23f)), to_bits(fused(even, unit, 0x1p23f)), 0x5410);
             const uint32_t offsets = add_above_zero(bits, minus_before) * sizeof(Octaves);
             read(table, permute(offsets, 0, 0x4410), shift, lower[2 * i], upper[2 * i]);
             read(table, permute(offsets, 0, 0x4432), shift, lower[2 * i + 1], upper[2 * i + 1]);
         }
-        total_ = (squares[0] + squares[1]) * 0.25f;
+        total_ = (squares[0] + squares[1]) * (0.5f * unit) * (0.5f * unit);
         gain_ = coherence * 0.25f * near_reciprocal(total_);
-        slack_ = total_ * (0x1p-20f + 0x1p-17f * coherence);
         // Zero is added, in a way that keeps the compiler from making it a constant, which it would copy for every use.
         values_of_codes_ = 0x03020100u + (to_bits(most) >> 31);
         low_nibbles_ = 0x0f0f0f0fu + (to_bits(most) >> 31);
@@ -190,7 +115,7 @@ class Sieve {
 
     // Codes that may win.
     LRQ_INLINE uint32_t doubtful() const {
-        const float limit = best_ + slack_;
+        const float limit = this->limit();
         uint32_t bits = 0;
         // Doubling a scale that saturates nothing can't lower |E|^2.
         LRQ_UNROLL
@@ -209,6 +134,12 @@ class Sieve {
     static constexpr int kBlock = nvfp4::kBlock;
     // An integer below 2^23 or'ed to it is a float32 as it stands.
     static constexpr uint32_t kInteger = 0x4b000000u;
+
+    // What is above it is above the best for the reference, too. With u = 2^-24, f the objective and D = |W|^2, here
+    // |E|^2 is wrong by at most 2uD, that of D apart, which all scales share, and <E,W> by 10uD, which moves f by
+    // 20u sqrt(gfD); there they are by 4u sqrt(fD) and 3uD. Both sides of the comparison are wrong, and
+    // sqrt(gfD) <= D/16 + 4gf.
+    LRQ_INLINE float limit() const { return best_ + (0x1.8p-21f * total_ + 0x1p-16f * (coherence_ * best_)); }
 
     static LRQ_INLINE uint32_t with_sign(uint32_t bits, float value) { return funnel(to_bits(value), bits, 31); }
 
@@ -294,10 +225,10 @@ class Sieve {
     LRQ_INLINE bool can_win_below(int codes) const {
         const float open = most_ - 2.0f * kE2M1Max * (half_ * decode_e4m3(static_cast<uint32_t>(first_ - codes)));
         const float clipped = open > 0.0f ? open : 0.0f;
-        return clipped * clipped * 0.999f <= best_ + slack_;
+        return clipped * clipped * 0.999f <= limit();
     }
 
-    float most_, half_, total_, gain_, slack_;
+    float coherence_, most_, half_, total_, gain_;
     float values_[kCount], plain_[8];
     float best_ = INFINITY;
     int first_;
