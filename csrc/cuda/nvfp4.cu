@@ -49,9 +49,6 @@ __device__ __forceinline__ uint2 quantize_by_rule(const Block16<T>& block, const
     return make_uint2(found.x, found.y);
 }
 
-// How many thread blocks of the search share a multiprocessor.
-constexpr int kSieveBlocks = 5;
-
 template <class T>
 __device__ __forceinline__ uint2 quantize_by_search(const Block16<T>& block, float outer, float coherence,
                                                     uint32_t& scale) {
@@ -101,6 +98,13 @@ __device__ __forceinline__ float bound_of(const Block16<BFloat16>& block) {
     for (uint32_t word : block.words) most = __vmaxu2(most, word & 0x7fff7fffu);
     return widen_most<BFloat16>(most);
 }
+
+// Thread blocks on a multiprocessor: as many as registers suffice for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kSieveBlocks = 4;
+#else
+constexpr int kSieveBlocks = 5;
+#endif
 
 // Of bfloat16. Thread blocks stay, for the sake of their table.
 template <bool kWhole>
@@ -158,7 +162,9 @@ void run(const Layout& layout, const std::optional<Tensor>& room, float coherenc
     const Found found = layout.given_scale ? Found{} : find_amax<T>(layout.x, *room, stream, kOperation);
     if constexpr (kSearch && std::is_same_v<T, BFloat16>) {
         const auto kernel = whole ? sieve_kernel<true> : sieve_kernel<false>;
-        const int64_t held = multiprocessors(kOperation) * kSieveBlocks / std::max<int64_t>(layout.x.batch, 1) + 1;
+        const int64_t resident = resident_blocks(kOperation, kernel, kSpanThreads);
+        // No more than run at a time: each would fill a table for what is left over.
+        const int64_t held = std::max<int64_t>(resident / std::max<int64_t>(layout.x.batch, 1), 1);
         launch(kOperation, kernel,
                dim3(static_cast<unsigned>(std::min(blocks, held)), static_cast<unsigned>(layout.x.batch)),
                dim3(kSpanThreads), stream, layout, static_cast<uint32_t>(spans), static_cast<uint32_t>(blocks), found,

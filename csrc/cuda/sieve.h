@@ -115,15 +115,10 @@ class Sieve {
 
     // Codes that may win.
     LRQ_INLINE uint32_t doubtful() const {
-        const float limit = this->limit();
-        uint32_t bits = 0;
         // Doubling a scale that saturates nothing can't lower |E|^2.
-        LRQ_UNROLL
-        for (int i = 7; i >= 0; --i) bits = with_sign(bits, plain_[i] - limit);
         const int left = kE4M3LastCode + 1 - kCount - first_;
-        bits &= (1u << (left < 8 ? left : 8)) - 1u;
-        LRQ_UNROLL
-        for (int i = kCount - 1; i >= 0; --i) bits = with_sign(bits, values_[i] - limit);
+        uint32_t bits = below_limit(plain_) & ((1u << (left < 8 ? left : 8)) - 1u);
+        bits = bits << kCount | below_limit(values_);
         bits <<= kBelow;
         if (can_win_below(1))
             for (int i = 1; i <= kBelow; ++i) bits |= can_win_below(i) ? 1u << (kBelow - i) : 0u;
@@ -141,7 +136,24 @@ class Sieve {
     // sqrt(gfD) <= D/16 + 4gf.
     LRQ_INLINE float limit() const { return best_ + (0x1.8p-21f * total_ + 0x1p-16f * (coherence_ * best_)); }
 
-    static LRQ_INLINE uint32_t with_sign(uint32_t bits, float value) { return funnel(to_bits(value), bits, 31); }
+    // Bits of the values below the limit. Arithmetic of floats leaves the units of integers to what needs them.
+    template <int kValues>
+    LRQ_INLINE uint32_t below_limit(const float (&values)[kValues]) const {
+        const float steep = limit() * 0x1p40f;
+        float bits = 0.0f;
+        LRQ_UNROLL
+        for (int i = kValues - 1; i >= 0; --i) bits = fused(bits, 2.0f, clamped(fused(values[i], -0x1p40f, steep)));
+        return to_bits(bits + 0x1p23f) & ((1u << kValues) - 1u);
+    }
+
+    // To [0, 1].
+    static LRQ_INLINE float clamped(float value) {
+#ifdef __CUDA_ARCH__
+        return __saturatef(value);
+#else
+        return fminf(fmaxf(value, 0.0f), 1.0f);
+#endif
+    }
 
     static LRQ_INLINE float near_reciprocal(float value) {
 #ifdef __CUDA_ARCH__
