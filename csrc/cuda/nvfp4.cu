@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
         int first = 0;
         const float most = span.full > 0 ? bound_of(block) : 0.0f;
         const float ratio = by_outer.of(Quotient(kE2M1Max, 1.0f / kE2M1Max, true).of(most));
-        bool lost = most > 0.0f;
+        bool lost = !(most == 0.0f);
         if (sieved && Sieve::serves(most, ratio)) {
             const Sieve sieve(block.words, most, ratio, outer, coherence, table);
             first = sieve.first();
