@@ -128,21 +128,20 @@ __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
         span.template load<kWhole>(layout, matrix, blocks);
         const Block16<BFloat16>& block = blocks[0];
         uint3 result = make_uint3(0, 0, 0);
-        uint32_t doubtful = 0;
-        int first = 0;
+        Doubt doubt;
         const float most = span.full > 0 ? bound_of(block) : 0.0f;
         const float ratio = by_outer.of(Quotient(kE2M1Max, 1.0f / kE2M1Max, true).of(most));
         bool lost = !(most == 0.0f);
         if (sieved && Sieve::serves(most, ratio)) {
             const Sieve sieve(block.words, most, ratio, outer, coherence, table);
-            first = sieve.first();
-            lost = !sieve.decides();
-            doubtful = sieve.doubtful();
-            const int code = first - Sieve::kBelow + __ffs(static_cast<int>(doubtful)) - 1;
+            const uint32_t doubtful = sieve.doubtful();
+            const int code = sieve.first() - Sieve::kBelow + __ffs(static_cast<int>(Sieve::inside(doubtful))) - 1;
             result = make_uint3(sieve.codes(0, code), sieve.codes(1, code), static_cast<uint32_t>(code));
-            if (lost || (doubtful & (doubtful - 1)) == 0) doubtful = 0;
+            lost = !sieve.decides();
+            if (!lost && (doubtful & (doubtful - 1)) != 0)
+                doubt = {doubtful, sieve.first(), sieve.unit(), sieve.limit()};
         }
-        settle(block, doubtful, first, outer, coherence, weights[threadIdx.x / kWarpSize], result);
+        settle(block, doubt, outer, coherence, weights[threadIdx.x / kWarpSize], result);
         if (lost) result = search_rarely(block, outer, coherence);
         span.store(layout, matrix, blocks, staged, [&](const Block16<BFloat16>&, uint32_t& scale) {
             scale = result.z;

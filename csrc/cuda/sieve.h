@@ -76,8 +76,9 @@ class Sieve {
         // In units in which twice the largest weight is an integer of 15 bits. Where a smaller one is none, its codes
         // are 0.
         const float unit = from_bits((268u << 23) - (to_bits(most) & 0x7f800000u));
-        most_ = most * unit * 0.5f;
-        half_ = tensor_scale * unit * 0.25f;
+        unit_ = 0.5f * unit;
+        most_ = most * unit_;
+        half_ = tensor_scale * unit_ * 0.5f;
         uint32_t doubles[kBlock / 2], lower[kBlock], upper[kBlock];
         float squares[2] = {};
         const uint32_t exponent = (to_bits(tensor_scale) >> 23) + static_cast<uint32_t>(first_ / 8 - 7);
@@ -95,7 +96,7 @@ class Sieve {
             read(table, permute(offsets, 0, 0x4410), shift, lower[2 * i], upper[2 * i]);
             read(table, permute(offsets, 0, 0x4432), shift, lower[2 * i + 1], upper[2 * i + 1]);
         }
-        total_ = (squares[0] + squares[1]) * (0.5f * unit) * (0.5f * unit);
+        total_ = (squares[0] + squares[1]) * unit_ * unit_;
         gain_ = coherence * 0.25f * near_reciprocal(total_);
         // Zero is added, in a way that keeps the compiler from making it a constant, which it would copy for every use.
         values_of_codes_ = 0x03020100u + (to_bits(most) >> 31);
@@ -105,6 +106,8 @@ class Sieve {
     }
 
     LRQ_INLINE int first() const { return first_; }
+    // The power of two that takes weights to those of the objective.
+    LRQ_INLINE float unit() const { return unit_; }
     // Eight codes of a scale, packed as they are stored, without signs; only of the best.
     LRQ_INLINE uint32_t codes(int half, int code) const {
         return permute(codes_[2 * half], codes_[2 * half + 1], (code - first_) & 2 ? 0x7632 : 0x5410);
@@ -112,6 +115,15 @@ class Sieve {
 
     // Not where some scale holds the block almost exactly: there float32 decides which scale is visited.
     LRQ_INLINE bool decides() const { return best_ > total_ * 0x1p-12f && !can_win_below(kBelow + 1); }
+
+    // What is above it is above the best for the reference, too. With u = 2^-24, f the objective and D = |W|^2, here
+    // |E|^2 is wrong by at most 2uD, that of D apart, which all scales share, and <E,W> by 10uD, which moves f by
+    // 20u sqrt(gfD); there they are by 4u sqrt(fD) and 3uD. Both sides of the comparison are wrong, and
+    // sqrt(gfD) <= D/16 + 4gf.
+    LRQ_INLINE float limit() const { return best_ + (0x1.8p-21f * total_ + 0x1p-16f * (coherence_ * best_)); }
+
+    // Of bits of `doubtful()`, those of the sixteen.
+    static LRQ_INLINE uint32_t inside(uint32_t bits) { return bits & ((1u << kAbove) - (1u << kBelow)); }
 
     // Codes that may win.
     LRQ_INLINE uint32_t doubtful() const {
@@ -129,12 +141,6 @@ class Sieve {
     static constexpr int kBlock = nvfp4::kBlock;
     // An integer below 2^23 or'ed to it is a float32 as it stands.
     static constexpr uint32_t kInteger = 0x4b000000u;
-
-    // What is above it is above the best for the reference, too. With u = 2^-24, f the objective and D = |W|^2, here
-    // |E|^2 is wrong by at most 2uD, that of D apart, which all scales share, and <E,W> by 10uD, which moves f by
-    // 20u sqrt(gfD); there they are by 4u sqrt(fD) and 3uD. Both sides of the comparison are wrong, and
-    // sqrt(gfD) <= D/16 + 4gf.
-    LRQ_INLINE float limit() const { return best_ + (0x1.8p-21f * total_ + 0x1p-16f * (coherence_ * best_)); }
 
     // Bits of the values below the limit. Arithmetic of floats leaves the units of integers to what needs them.
     template <int kValues>
@@ -240,7 +246,7 @@ class Sieve {
         return clipped * clipped * 0.999f <= limit();
     }
 
-    float coherence_, most_, half_, total_, gain_;
+    float coherence_, unit_, most_, half_, total_, gain_;
     float values_[kCount], plain_[8];
     float best_ = INFINITY;
     int first_;
