@@ -61,6 +61,16 @@ inline bool may_begin_early(const char* operation) {
     return major >= 9;
 }
 
+// Thread blocks of a kernel that the current device runs at a time.
+template <class... Parameters>
+int64_t resident_blocks(const char* operation, void (*kernel)(Parameters...), int threads) {
+    int device = 0, multiprocessors = 0, blocks = 0;
+    check(cudaGetDevice(&device), operation);
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), operation);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0), operation);
+    return int64_t{multiprocessors} * blocks;
+}
+
 template <class... Parameters, class... Arguments>
 void launch_sharing(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                     uintptr_t stream, Arguments... arguments) {

@@ -1,6 +1,7 @@
 #include "../nvfp4.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "../layout.h"
@@ -9,18 +10,17 @@
 #include "expand.h"
 #include "launch.h"
 #include "load.h"
+#include "settle.h"
+#include "sieve.h"
+#include "span.h"
 
 namespace lrq::cuda {
 namespace {
 
 using nvfp4::kBlock;
-using nvfp4::kTile;
 using nvfp4::Layout;
 
 constexpr char kOperation[] = "quantize_nvfp4";
-constexpr int kThreads = 128;
-// Tiles of scales that the 32 blocks of a warp cover.
-constexpr int kSpanTiles = kWarpSize / nvfp4::kTileColumns;
 // 128 bytes in flight for every thread.
 template <class T>
 constexpr int kRowsOf = 8 / sizeof(T);
@@ -64,71 +64,14 @@ __device__ __forceinline__ uint2 quantize_by_search(const Block16<T>& block, flo
     return most < total * 0x1p20f ? encode_e2m1x16<true>(block, total) : encode_rarely(block, total);
 }
 
-// Where a thread works in its matrix. A warp takes 32 neighbouring blocks of a row, a thread kRows rows with all of
-// their loads in flight, and the four warps the rows r, r + 32, r + 64 and r + 96: together 16 neighbouring bytes of
-// the swizzled scales. Such parts are numbered from tile row to tile row.
-template <int kRows>
-struct Span {
-    static constexpr uint32_t kShares = 32 / kRows;
-    uint32_t span, share, tile_row, lane, warp, block;
-    int64_t first_row;
-    // Rows of this thread that hold weights, and rows that hold codes.
-    int full, coded;
-
-    __device__ __forceinline__ Span(const Layout& layout, uint32_t spans, uint32_t part) {
-        const uint32_t above = part / spans;
-        span = part - above * spans, share = above % kShares, tile_row = above / kShares;
-        lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-        block = span * kWarpSize + lane;
-        first_row = int64_t{tile_row} * nvfp4::kTileRows + warp * 32 + share * kRows;
-        full = block < layout.blocks ? static_cast<int>(min(layout.x.rows - first_row, int64_t{kRows})) : 0;
-        coded = block < layout.blocks ? static_cast<int>(min(layout.code_rows - first_row, int64_t{kRows})) : 0;
-    }
-
-    // `kWhole`: every block starts at a multiple of 16 bytes and lies inside the matrix.
-    template <bool kWhole, class T>
-    __device__ __forceinline__ void load(const Layout& layout, int64_t matrix, Block16<T> (&blocks)[kRows]) const {
-        const T* const x =
-            static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride + first_row * layout.x.row_stride;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i)
-            if (i < full) {
-                if constexpr (kWhole)
-                    blocks[i].load(x + i * layout.x.row_stride + block * kBlock);
-                else
-                    blocks[i].load_part(x + i * layout.x.row_stride, int64_t{block} * kBlock, layout.x.columns);
-            }
-    }
-
-    // `quantize(block, scale)` sets the scale and returns the codes.
-    template <class T, class Quantize>
-    __device__ __forceinline__ void store(const Layout& layout, int64_t matrix, const Block16<T> (&blocks)[kRows],
-                                          uint4 (&staged)[kSpanTiles][kRows], const Quantize& quantize) const {
-        uint2* codes =
-            reinterpret_cast<uint2*>(layout.codes) + (matrix * layout.code_rows + first_row) * layout.blocks + block;
-        uint8_t* const own = reinterpret_cast<uint8_t*>(&staged[lane / 4][0]) + warp * 4 + lane % 4;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            uint32_t scale = 0;
-            if (i < full)
-                *codes = quantize(blocks[i], scale);
-            else if (i < coded)
-                *codes = make_uint2(0, 0);
-            own[i * sizeof(uint4)] = static_cast<uint8_t>(scale);
-            codes += layout.blocks;
-        }
-        __syncthreads();
-        const int64_t tile = int64_t{span} * kSpanTiles + threadIdx.x / kRows;
-        if (threadIdx.x < kSpanTiles * kRows && tile < layout.column_tiles) {
-            const int64_t place = (matrix * layout.row_tiles + tile_row) * layout.column_tiles + tile;
-            uint4* const target = reinterpret_cast<uint4*>(layout.scales + place * kTile) + share * kRows;
-            target[threadIdx.x % kRows] = staged[threadIdx.x / kRows][threadIdx.x % kRows];
-        }
-    }
-};
+__device__ __noinline__ uint3 search_rarely(const Block16<BFloat16> block, float outer, float coherence) {
+    uint32_t scale;
+    const uint2 codes = quantize_by_search(block, outer, coherence, scale);
+    return make_uint3(codes.x, codes.y, scale);
+}
 
 template <class T, bool kSearch, bool kWhole>
-__global__ void __launch_bounds__(kThreads, kSearch ? 4 : 7)
+__global__ void __launch_bounds__(kSpanThreads, kSearch ? 4 : 7)
     quantize_kernel(Layout layout, uint32_t spans, Found found, float coherence) {
     await_predecessor();
     constexpr int kRows = kSearch ? 1 : kRowsOf<T>;
@@ -148,6 +91,66 @@ __global__ void __launch_bounds__(kThreads, kSearch ? 4 : 7)
     });
 }
 
+// The amax; of a block with a NaN, that.
+__device__ __forceinline__ float bound_of(const Block16<BFloat16>& block) {
+    uint32_t most = 0;
+#pragma unroll
+    for (uint32_t word : block.words) most = __vmaxu2(most, word & 0x7fff7fffu);
+    return widen_most<BFloat16>(most);
+}
+
+// Thread blocks on a multiprocessor: as many as registers suffice for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kSieveBlocks = 4;
+#else
+constexpr int kSieveBlocks = 5;
+#endif
+
+// Of bfloat16. Thread blocks stay, for the sake of their table.
+template <bool kWhole>
+__global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
+    sieve_kernel(Layout layout, uint32_t spans, uint32_t parts, Found found, float coherence) {
+    await_predecessor();
+    __shared__ Octaves table[SieveTable::kRows];
+    __shared__ uint4 staged[kSpanTiles][1];
+    __shared__ uint4 weights[kSpanThreads / kWarpSize][2];
+    const int64_t matrix = blockIdx.y;
+    const float outer =
+        layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(found.of(matrix));
+    if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = outer;
+    const bool sieved = SieveTable::serves(outer, coherence);
+    if (sieved) SieveTable::fill(table, outer, static_cast<int>(threadIdx.x), kSpanThreads);
+    const Quotient by_outer(outer, 0.0f);
+    for (uint32_t part = blockIdx.x; part < parts; part += gridDim.x) {
+        __syncthreads();
+        const Span<1> span(layout, spans, parts - 1 - part);
+        Block16<BFloat16> blocks[1];
+        span.template load<kWhole>(layout, matrix, blocks);
+        const Block16<BFloat16>& block = blocks[0];
+        uint3 result = make_uint3(0, 0, 0);
+        Doubt doubt;
+        const float most = span.full > 0 ? bound_of(block) : 0.0f;
+        const float ratio = by_outer.of(Quotient(kE2M1Max, 1.0f / kE2M1Max, true).of(most));
+        bool lost = !(most == 0.0f);
+        if (sieved && Sieve::serves(most, ratio)) {
+            const Sieve sieve(block.words, most, ratio, outer, coherence, table);
+            const uint32_t doubtful = sieve.doubtful();
+            const int code = sieve.first() - Sieve::kBelow + __ffs(static_cast<int>(Sieve::inside(doubtful))) - 1;
+            result = make_uint3(sieve.codes(0, code), sieve.codes(1, code), static_cast<uint32_t>(code));
+            lost = !sieve.decides();
+            if (!lost && (doubtful & (doubtful - 1)) != 0)
+                doubt = {doubtful, sieve.first(), sieve.unit(), sieve.limit()};
+        }
+        settle(block, doubt, outer, coherence, weights[threadIdx.x / kWarpSize], result);
+        if (lost) result = search_rarely(block, outer, coherence);
+        span.store(layout, matrix, blocks, staged, [&](const Block16<BFloat16>&, uint32_t& scale) {
+            scale = result.z;
+            if (lost || scale == 0) return make_uint2(result.x, result.y);
+            return make_uint2(result.x | signs_of(block, 0), result.y | signs_of(block, 4));
+        });
+    }
+}
+
 template <class T, bool kSearch>
 void run(const Layout& layout, const std::optional<Tensor>& room, float coherence, uintptr_t stream) {
     const bool whole = is_aligned<T>(layout.x) && layout.blocks * kBlock == layout.x.columns;
@@ -156,9 +159,20 @@ void run(const Layout& layout, const std::optional<Tensor>& room, float coherenc
     const int64_t blocks = layout.row_tiles * (kSearch ? 32 : 32 / kRowsOf<T>)*spans;
     require(blocks <= kMaxGridX && layout.blocks < kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
     const Found found = layout.given_scale ? Found{} : find_amax<T>(layout.x, *room, stream, kOperation);
-    const auto kernel = whole ? quantize_kernel<T, kSearch, true> : quantize_kernel<T, kSearch, false>;
-    launch(kOperation, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(layout.x.batch)),
-           dim3(kThreads), stream, layout, static_cast<uint32_t>(spans), found, coherence);
+    if constexpr (kSearch && std::is_same_v<T, BFloat16>) {
+        const auto kernel = whole ? sieve_kernel<true> : sieve_kernel<false>;
+        const int64_t resident = resident_blocks(kOperation, kernel, kSpanThreads);
+        // No more than run at a time: each would fill a table for what is left over.
+        const int64_t held = std::max<int64_t>(resident / std::max<int64_t>(layout.x.batch, 1), 1);
+        launch(kOperation, kernel,
+               dim3(static_cast<unsigned>(std::min(blocks, held)), static_cast<unsigned>(layout.x.batch)),
+               dim3(kSpanThreads), stream, layout, static_cast<uint32_t>(spans), static_cast<uint32_t>(blocks), found,
+               coherence);
+    } else {
+        const auto kernel = whole ? quantize_kernel<T, kSearch, true> : quantize_kernel<T, kSearch, false>;
+        launch(kOperation, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(layout.x.batch)),
+               dim3(kSpanThreads), stream, layout, static_cast<uint32_t>(spans), found, coherence);
+    }
 }
 
 template <class T>
