@@ -89,7 +89,7 @@ LRQ_INLINE uint32_t fraction_of(float share) {
 
 struct Weight {
     float value, error;
-    bool moved;
+    uint32_t moves;  // 0 or 1
 };
 
 // `curvature` includes `plain`.
@@ -105,9 +105,12 @@ LRQ_INLINE Weight step(float weight, float value, float scale, float gradient, f
     const float gap = from_bits(static_cast<uint32_t>(octave - (grid.mantissa << 23)));
     const float moved = value - from_bits(to_bits(gap) | (to_bits(slope) & 0x80000000u));
     const float least = curvature * scale * (gap * kHalf);
-    const bool moves = bool(chosen & (least > 0.0f) & (magnitude(slope) > least) & (magnitude(moved) <= grid.largest));
-    const float chosen_value = moves ? moved : value;
-    return {chosen_value, chosen_value * scale - weight, moves};
+    // Masks: of conditions GCC would make branches.
+    const auto mask = [](bool holds) { return -static_cast<uint32_t>(holds); };
+    const uint32_t moves =
+        mask(chosen) & mask(least > 0.0f) & mask(magnitude(slope) > least) & mask(magnitude(moved) <= grid.largest);
+    const float target = from_bits((to_bits(moved) & moves) | (to_bits(value) & ~moves));
+    return {target, target * scale - weight, moves & 1u};
 }
 
 }  // namespace lrq::rounding_step

@@ -1,7 +1,6 @@
 #include "../rounding_step.h"
 
 #include "../kernels.h"
-#include "../narrow.h"
 #include "clones.h"
 #include "parallel.h"
 #include "rows.h"
@@ -28,17 +27,18 @@ struct Numbers {
     Grid grid;
 };
 
-// Sets the new values and errors and their squares; how many weights moved.
-LRQ_CLONES int step_row(Row& row, int64_t count, Numbers n, BFloat16* values, BFloat16* errors, float* squares) {
+// Values become the new ones and weights their errors; how many weights moved.
+LRQ_CLONES int step_row(Row& row, int64_t count, Numbers n, float* squares) {
     int moves = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const rounding_step::Weight after = rounding_step::step(
-            row.weight[i], row.values[i], row.scales[i], row.gradient[i], n.of_row * row.curvature[i] + n.plain,
-            n.plain, rounding_step::fraction(n.index + static_cast<uint32_t>(i), n.key) < n.below, n.grid);
-        narrow(after.value, values[i]);
-        narrow(after.error, errors[i]);
+    for (int i = 0; i < count; ++i) {
+        const uint32_t fraction = rounding_step::fraction(n.index + i, n.key);
+        const rounding_step::Weight after =
+            rounding_step::step(row.weight[i], row.values[i], row.scales[i], row.gradient[i],
+                                n.of_row * row.curvature[i] + n.plain, n.plain, fraction < n.below, n.grid);
+        row.values[i] = after.value;
+        row.weight[i] = after.error;
         squares[i] = after.error * after.error;
-        moves += after.moved;
+        moves += after.moves;
     }
     return moves;
 }
@@ -86,8 +86,9 @@ void step_part(const Layout& layout, int64_t matrix, int64_t part, const float* 
                               layout.key,
                               layout.grid};
         const int64_t place = (matrix * rows + row) * columns + first;
-        moves += step_row(held, count, numbers, layout.new_values + place, layout.new_error + place,
-                          squares + (row - top) * layout.part_columns());
+        moves += step_row(held, count, numbers, squares + (row - top) * layout.part_columns());
+        write_row(held.values, count, Type::kBFloat16, layout.new_values + place, 0);
+        write_row(held.weight, count, Type::kBFloat16, layout.new_error + place, 0);
     }
     float* const sums = layout.sums + (matrix * layout.parts_down() * layout.parts_across() + part) * 2;
     sums[0] = sum_of_neighbours(squares);

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(Layout layout, Division 
             new_errors[i] = after.error;
             if (kAligned || i < left) {
                 squares[i] = after.error * after.error;
-                moves += after.moved;
+                moves += after.moves;
             }
         }
         const int64_t place = (matrix * rows + row) * columns + column;

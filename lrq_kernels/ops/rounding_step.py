@@ -32,7 +32,7 @@ GRIDS = {"e2m1": Grid(1, 0, 6.0), "e4m3": Grid(3, -6, 448.0), "int8": Grid(7, 7,
 
 def part_shape(columns: int) -> tuple[int, int]:
     """Rows and columns of a part of a matrix with so many columns."""
-    wide = width(columns, PART, 8)
+    wide = width(columns, PART, 32)
     return PART // wide, wide
 
 
