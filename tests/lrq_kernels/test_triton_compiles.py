@@ -77,7 +77,7 @@ def steps() -> Iterator[tuple[str, str, str, dict[str, str], dict[str, Any]]]:
         rows, columns = part_shape(3072)
         numbers = {"MANTISSA": grid.mantissa, "LEAST_OCTAVE": grid.least_octave, "LARGEST": grid.largest}
         config = {"ROWS": rows, "COLUMNS": columns, "num_warps": 8} | numbers
-        yield f"step {name}", "rounding_step", "step_kernel", STEPS, config
+        yield f"step {name}", "rounding_step", "step_kernel", STEPS | {"key": "i32"}, config
 
 
 def every() -> list[tuple[str, str, str, dict[str, str], dict[str, Any]]]:
