@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrq_kernels.contract import width
 from lrq_kernels.dispatch import kernel
 from lrq_kernels.triton.arithmetic import narrow, widen
-from lrq_kernels.triton.launch import Tile, accepts, current, matrices_of, merged, width
+from lrq_kernels.triton.launch import Tile, accepts, current, matrices_of, merged
 
 _WEIGHTS, _WARPS = 4096, 4
 _LARGEST = 1024

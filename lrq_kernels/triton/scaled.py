@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrq_kernels.contract import width
 from lrq_kernels.triton.amax import amax_bits
 from lrq_kernels.triton.arithmetic import widen
 from lrq_kernels.triton.codec import encode, encode_by_given, reciprocal_of, scale_of
 from lrq_kernels.triton.hadamard import rotate
-from lrq_kernels.triton.launch import INTERPRETED, Tile, has_e4m3, merged, tile_of, warps_of, width
+from lrq_kernels.triton.launch import INTERPRETED, Tile, has_e4m3, merged, tile_of, warps_of
 
 _MATRIX_WEIGHTS, _MATRIX_HELD = 8192, 32
 _CHUNK, _MOST_CHUNKS = 2048, 8
