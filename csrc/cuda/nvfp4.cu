@@ -1,5 +1,7 @@
 #include "../nvfp4.h"
 
+#include <cuda_pipeline.h>
+
 #include <algorithm>
 #include <type_traits>
 
@@ -106,14 +108,47 @@ constexpr int kSieveBlocks = 4;
 constexpr int kSieveBlocks = 5;
 #endif
 
+// The weights of a thread's next part, on their way while those of this one are worked on.
+class Ahead {
+  public:
+    __device__ __forceinline__ explicit Ahead(uint4 (&room)[2][2][kSpanThreads]) : room_(room) {}
+
+    __device__ __forceinline__ void fetch(const Layout& layout, int64_t matrix, const Span<1>& span) {
+        turn_ ^= 1;
+        if (span.full > 0) {
+            const auto* const from = reinterpret_cast<const uint4*>(span.weights<BFloat16>(layout, matrix));
+            __pipeline_memcpy_async(&room_[turn_][0][threadIdx.x], from, sizeof(uint4));
+            __pipeline_memcpy_async(&room_[turn_][1][threadIdx.x], from + 1, sizeof(uint4));
+        }
+        __pipeline_commit();
+    }
+
+    // What was fetched last; no other thread reads it.
+    __device__ __forceinline__ void take(Block16<BFloat16>& block) const {
+        __pipeline_wait_prior(0);
+        const uint4 low = room_[turn_][0][threadIdx.x], high = room_[turn_][1][threadIdx.x];
+        block.words[0] = low.x, block.words[1] = low.y, block.words[2] = low.z, block.words[3] = low.w;
+        block.words[4] = high.x, block.words[5] = high.y, block.words[6] = high.z, block.words[7] = high.w;
+    }
+
+  private:
+    uint4 (&room_)[2][2][kSpanThreads];
+    uint32_t turn_ = 0;
+};
+
 // Of bfloat16. Thread blocks stay, for the sake of their table.
 template <bool kWhole>
 __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
     sieve_kernel(Layout layout, uint32_t spans, uint32_t parts, Found found, float coherence) {
     await_predecessor();
     __shared__ Octaves table[SieveTable::kRows];
-    __shared__ uint4 staged[kSpanTiles][1];
+    // By turns: a thread may be a part ahead of those that still read.
+    __shared__ uint4 staged[2][kSpanTiles][1];
     __shared__ uint4 weights[kSpanThreads / kWarpSize][2];
+    __shared__ uint4 room[2][2][kSpanThreads];
+    Ahead ahead(room);
+    const auto span_of = [&](uint32_t part) { return Span<1>(layout, spans, parts - 1 - part); };
+    if constexpr (kWhole) ahead.fetch(layout, blockIdx.y, span_of(blockIdx.x));
     const int64_t matrix = blockIdx.y;
     const float outer =
         layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(found.of(matrix));
@@ -121,11 +156,17 @@ __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
     const bool sieved = SieveTable::serves(outer, coherence);
     if (sieved) SieveTable::fill(table, outer, static_cast<int>(threadIdx.x), kSpanThreads);
     const Quotient by_outer(outer, 0.0f);
-    for (uint32_t part = blockIdx.x; part < parts; part += gridDim.x) {
-        __syncthreads();
-        const Span<1> span(layout, spans, parts - 1 - part);
+    __syncthreads();
+    uint32_t turn = 0;
+    for (uint32_t part = blockIdx.x; part < parts; part += gridDim.x, turn ^= 1) {
+        const Span<1> span = span_of(part);
         Block16<BFloat16> blocks[1];
-        span.template load<kWhole>(layout, matrix, blocks);
+        if constexpr (kWhole) {
+            ahead.take(blocks[0]);
+            if (part + gridDim.x < parts) ahead.fetch(layout, matrix, span_of(part + gridDim.x));
+        } else {
+            span.template load<false>(layout, matrix, blocks);
+        }
         const Block16<BFloat16>& block = blocks[0];
         uint3 result = make_uint3(0, 0, 0);
         Doubt doubt;
@@ -143,7 +184,7 @@ __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
         }
         settle(block, doubt, outer, coherence, weights[threadIdx.x / kWarpSize], result);
         if (lost) result = search_rarely(block, outer, coherence);
-        span.store(layout, matrix, blocks, staged, [&](const Block16<BFloat16>&, uint32_t& scale) {
+        span.store(layout, matrix, blocks, staged[turn], [&](const Block16<BFloat16>&, uint32_t& scale) {
             scale = result.z;
             if (lost || scale == 0) return make_uint2(result.x, result.y);
             return make_uint2(result.x | signs_of(block, 0), result.y | signs_of(block, 4));

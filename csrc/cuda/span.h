@@ -32,6 +32,13 @@ struct Span {
         coded = block < layout.blocks ? static_cast<int>(min(layout.code_rows - first_row, int64_t{kRows})) : 0;
     }
 
+    // Of the first row, in this thread's block.
+    template <class T>
+    __device__ __forceinline__ const T* weights(const nvfp4::Layout& layout, int64_t matrix) const {
+        return static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride + first_row * layout.x.row_stride +
+               block * nvfp4::kBlock;
+    }
+
     // `kWhole`: every block starts at a multiple of 16 bytes and lies inside the matrix.
     template <bool kWhole, class T>
     __device__ __forceinline__ void load(const nvfp4::Layout& layout, int64_t matrix,
