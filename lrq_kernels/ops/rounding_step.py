@@ -89,7 +89,7 @@ def rounding_step(
         values: bfloat16 [..,M,N], moved.
         error: bfloat16 [..,M,N], ``values*scale - weight`` of the moved values, rounded from float32.
         sums: float32 [..,parts,2]: of each part (:func:`part_shape`, row-major) the squares of the errors before they
-            are rounded, added by neighbours until one is left, and the number of moves.
+            are rounded, added by neighbours until one is left (Triton: in its own order), and the number of moves.
 
     Raises:
         TypeError, ValueError: dtype, shape, block or grid out of the above.

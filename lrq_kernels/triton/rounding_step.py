@@ -5,11 +5,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lrq_kernels.dispatch import kernel
-from lrq_kernels.ops.rounding_step import GRIDS, HALF, PART, key_of, part_shape
+from lrq_kernels.ops.rounding_step import GRIDS, HALF, key_of, part_shape
 from lrq_kernels.triton.arithmetic import narrow, widen
 from lrq_kernels.triton.launch import Tile, accepts, current, matrices_of
 
-_HALF, _PART = tl.constexpr(HALF), tl.constexpr(PART)
+_HALF = tl.constexpr(HALF)
 _WARPS = 8
 
 
@@ -30,14 +30,6 @@ def _gap(values, slope, MANTISSA: tl.constexpr, LEAST_OCTAVE: tl.constexpr):
     towards_zero = ((bits ^ slope.to(tl.int32, bitcast=True)) >> 31) + 1
     octave = tl.maximum((bits & 0x7FFFFFFF) - towards_zero, LEAST_OCTAVE) & 0x7F800000
     return (octave - (MANTISSA << 23)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _sum(x):
-    """Neighbours added until one is left."""
-    for _ in tl.static_range(11):
-        x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), axis=1)
-    return x
 
 
 @triton.jit(do_not_specialize=["key"])
@@ -99,9 +91,10 @@ def step_kernel(
     error = q * scale - w
     tl.store(out + place, narrow(q, tl.bfloat16), inside)
     tl.store(errors + place, narrow(error, tl.bfloat16), inside)
-    total = sums + (batch * tl.num_programs(0) + part) * 2 + tl.arange(0, 1)
-    tl.store(total, _sum(tl.reshape(error * error, (_PART,))))
-    tl.store(total + 1, _sum(tl.reshape(moves.to(tl.float32), (_PART,))))
+    # In Triton's own order: adding neighbours through reshapes takes as long again as all the rest.
+    total = sums + (batch * tl.num_programs(0) + part) * 2
+    tl.store(total, tl.sum(error * error))
+    tl.store(total + 1, tl.sum(moves.to(tl.float32)))
 
 
 def _programs(weight: Tensor, *_: object) -> int:
