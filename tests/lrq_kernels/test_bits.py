@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 import lrq_kernels
-import tolerances
 from lrq_kernels import OPERATIONS, dispatch
 from lrq_kernels.dispatch import refusal
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.append(str(TESTS))
 
+import tolerances  # noqa: E402
 from samples import FLOATS, MATRICES, NEAREST, every_bfloat16, gaussian, step_arguments  # noqa: E402
 
 Args = tuple[object, ...]
