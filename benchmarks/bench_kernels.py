@@ -24,6 +24,7 @@ from measure import call_microseconds, copy_bandwidth, machine, seconds_of
 
 ROTATE_BYTES = 200e6
 PEERS = ("kitchen", "torchao")
+CEILING = "copy of as many bytes"
 SHAPES = {"cuda": [(3072, 3072), (14336, 4096), (18432, 5120), (64, 1024, 1024)], "cpu": [(3072, 3072)]}
 Row = dict[str, object]
 
@@ -47,6 +48,10 @@ def same_bits(run: Run, backend: str) -> bool:
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def _outputs_like(found: tuple[Tensor, ...]) -> list[Tensor]:
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in found]
+
+
 class Bench:
     """Collects and prints the rows of one device."""
 
@@ -68,7 +73,7 @@ class Bench:
                 continue
             bits = None if slow or not (first or self.compare_all) else same_bits(runs[0], backend)
             with lrq_kernels.use_backend(backend):
-                self.add(case, samples[0], backend, runs[:2] if slow else runs, size, bits)
+                self.add(case.name, samples[0], backend, runs[:2] if slow else runs, size, bits)
         for name in case.peers:
             if name.partition(" ")[0] not in self.peers:
                 continue
@@ -78,22 +83,30 @@ class Bench:
             except Exception as error:  # whatever a peer does, the benchmark goes on and says so
                 print(f"{case.name:30} {name}: {type(error).__name__}: {str(error).partition(chr(10))[0][:80]}")
                 continue
-            self.add(case, samples[0], name, calls, size, None)
+            self.add(case.name, samples[0], name, calls, size, None)
 
-    def add(self, case: Case, x: Tensor, who: str, runs: list[Run], size: int, bits: bool | None) -> None:
+    def add(self, case: str, x: Tensor, who: str, runs: list[Run], size: int, bits: bool | None) -> None:
         """Time ``runs``, the same work on different memory."""
         seconds = seconds_of(runs, self.device)
         shape = "x".join(map(str, x.shape))
         bandwidth = self.bandwidth if self.device.type == "cuda" else copy_bandwidth(self.device, size // 2)
         percent = 100 * size / seconds / bandwidth
-        row = {"case": case.name, "shape": shape, "who": who, "us": seconds * 1e6, "gb_s": size / seconds / 1e9}
+        row = {"case": case, "shape": shape, "who": who, "us": seconds * 1e6, "gb_s": size / seconds / 1e9}
         self.rows.append({**row, "percent_of_copy": percent, "same_bits_as_reference": bits})
         verdict = "" if bits is None else "bits equal" if bits else "BITS DIFFER"
         print(
-            f"{case.name:30} {shape:14} {who:22} {seconds * 1e6:10.1f} us {size / seconds / 1e9:8.1f} GB/s"
+            f"{case:32} {shape:14} {who:22} {seconds * 1e6:10.1f} us {size / seconds / 1e9:8.1f} GB/s"
             f" {percent:6.1f} %  {verdict}",
             flush=True,
         )
+
+    def ceiling(self, samples: list[Tensor]) -> None:
+        """A plain copy of as many bytes as 8-bit codes and their weights take: small shapes reach no more than this."""
+        parts = [x.view(-1)[: x.numel() // 4 * 3] for x in samples]
+        copies = [torch.empty_like(part) for part in parts]
+        size = 2 * parts[0].numel() * parts[0].element_size()
+        runs = [partial(torch.Tensor.copy_, *pair) for pair in zip(copies, parts, strict=True)]
+        self.add(CEILING, samples[0], "torch", runs, size, None)
 
     def overhead(self) -> None:
         """What a call costs the host: tiny inputs, nothing waited for."""
@@ -103,7 +116,10 @@ class Bench:
             "torch.neg": call_microseconds(partial(torch.neg, x), self.device),
             "quantize_nvfp4": call_microseconds(partial(lrq_kernels.quantize_nvfp4, x, scale), self.device),
             "quantize_nvfp4, bound": call_microseconds(lrq_kernels.bind("quantize_nvfp4", x, scale), self.device),
+            "its outputs": call_microseconds(partial(_outputs_like, lrq_kernels.quantize_nvfp4(x, scale)), self.device),
         }
+        call, launch, outputs = list(found.values())[1:]
+        found["overhead"] = call - launch - outputs
         self.rows.append({"host_us_per_call": found})
         print("host us per call:", "  ".join(f"{name} {us:.1f}" for name, us in found.items()))
 
@@ -124,6 +140,7 @@ if __name__ == "__main__":
     bench.overhead()
     for i, shape in enumerate(SHAPES[bench.device.type][: options.shapes]):
         matrices = weights(shape, bench.device)
+        bench.ceiling(matrices)
         for case in cases():
             if options.only.lower() in case.name.lower():
                 bench.case(case, matrices, first=i == 0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import lrq_kernels
+from lrq_kernels.minifloat import encode_e4m3, nearest_e2m1
 
 Args = tuple[object, ...]
 Run = Callable[[], object]
@@ -93,11 +94,39 @@ def cases() -> Iterator[Case]:
     yield from _unscaled("int8")
     yield Case("amax", "amax", lambda x: (x,))
     yield Case(f"rotate Hadamard {GROUP}", "rotate_hadamard", lambda x: (x, GROUP))
+    yield Case("step of rounding, E2M1", "rounding_step", partial(_step, grid="e2m1", block=16))
+    yield Case("step of rounding, E4M3", "rounding_step", partial(_step, grid="e4m3", block=32))
     yield Case("pack FP4", "pack_fp4", lambda x: (_bytes(x) & 15, True))
     yield Case("unpack FP4", "unpack_fp4", lambda x: (_bytes(x), True))
     yield Case("swizzle scales", "swizzle_scales", lambda x: (_bytes(x),))
     yield Case(
         "unswizzle scales", "unswizzle_scales", lambda x: (lrq_kernels.swizzle_scales(_bytes(x)), *_bytes(x).shape[-2:])
+    )
+
+
+def _step(x: Tensor, grid: str, block: int) -> Args:
+    """A rounded weight, the gradient in float32, a fifth of the weights to move if they gain."""
+    *batch, rows, columns = x.shape
+    largest, nearest = {"e2m1": (6, nearest_e2m1), "e4m3": (448, lambda y: encode_e4m3(y).float())}[grid]
+    blocks = x.float().unflatten(-1, (-1, block))
+    scale = blocks.abs().amax(-1) / largest
+    error = nearest(blocks / scale[..., None]) * scale[..., None] - blocks
+    values = ((error + blocks) / scale[..., None]).flatten(-2)
+    curvatures = [x.new_full((*batch, size), 0.2, dtype=torch.float32) for size in (rows, columns)]
+    plain_weight, share = (x.new_full(batch, number, dtype=torch.float32) for number in (0.1, 0.2))
+    return (
+        x,
+        nearest(values).bfloat16(),
+        scale,
+        1,
+        block,
+        error.flatten(-2).roll(1, -1) * 0.3,
+        *curvatures,
+        plain_weight,
+        share,
+        0,
+        1,
+        grid,
     )
 
 

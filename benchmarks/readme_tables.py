@@ -23,7 +23,7 @@ FORMATS = {
 
 def kernel_table() -> str:
     """Share of the copy bandwidth by case and shape, and the time of the best peer over ours."""
-    results = _read("kernels-h100")
+    results = _read("kernels-h200")
     rows = [row for row in results["results"] if "case" in row]
     machine, copy = results["machine"], results["results"][0]["copy_gb_s"]
     where = f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, commit {machine['commit']}"
@@ -52,7 +52,7 @@ def _best_peer(found: dict[str, dict]) -> float | None:
 
 def _gpu_cell(rows: list[dict], case: str, shape: str) -> str:
     found = {row["who"]: row for row in rows if (row["case"], row["shape"]) == (case, shape)}
-    shares = [f"{found[who]['percent_of_copy']:.0f}" for who in ("cuda", "triton") if who in found]
+    shares = [f"{found[who]['percent_of_copy']:.0f}" for who in ("torch", "cuda", "triton") if who in found]
     peer = _best_peer(found)
     ratio = f" ({peer / found['cuda']['us']:.1f}×)" if peer and "cuda" in found else ""
     return " / ".join(shares) + ratio
@@ -78,7 +78,8 @@ def cpu_table() -> str:
             continue
         us, peer = found["cpu"]["us"], _best_peer(found)
         ratio = f"{peer / us:.1f}×" if peer else ""
-        share = f"{found['cpu']['percent_of_copy']:.0f}"
+        percent = found["cpu"]["percent_of_copy"]
+        share = f"{percent:.0f}" if percent >= 1 else f"{percent:.1f}"
         lines.append(f"| {case} | {found['reference']['us'] / us:.0f}× | {ratio} | {share} |")
     return "\n".join(lines) + "\n"
 

@@ -31,6 +31,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("quantize_int8_cpu", &lrq::cpu::quantize_int8, WithoutGil());
     m.def("dequantize_int8_cpu", &lrq::cpu::dequantize_int8, WithoutGil());
     m.def("rotate_hadamard_cpu", &lrq::cpu::rotate_hadamard, WithoutGil());
+    m.def("rounding_step_cpu", &lrq::cpu::rounding_step, WithoutGil());
 #ifdef LRQ_CUDA
     m.attr("has_cuda") = true;
     m.def("cuda_refusal", &lrq::cuda::refusal, WithoutGil());
@@ -48,6 +49,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("quantize_int8_cuda", &lrq::cuda::quantize_int8, WithoutGil());
     m.def("dequantize_int8_cuda", &lrq::cuda::dequantize_int8, WithoutGil());
     m.def("rotate_hadamard_cuda", &lrq::cuda::rotate_hadamard, WithoutGil());
+    m.def("rounding_step_cuda", &lrq::cuda::rounding_step, WithoutGil());
 #else
     m.attr("has_cuda") = false;
 #endif

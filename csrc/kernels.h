@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "tensor.h"
 
@@ -43,6 +44,13 @@ void quantize_int8(const Tensor& x, const std::string& scaling, int64_t block, c
 void dequantize_int8(const Tensor& codes, const Tensor& scale, int group, const Tensor& out, int threads);
 
 void rotate_hadamard(const Tensor& x, int group, const Tensor& out, int threads);
+
+// What of a grid and of parts counts here: Grid and part_shape of lrq_kernels/ops/rounding_step.py.
+void rounding_step(const Tensor& weight, const Tensor& values, const Tensor& scale, int64_t block_rows,
+                   int64_t block_columns, const Tensor& gradient, const std::optional<Tensor>& row_curvature,
+                   const std::optional<Tensor>& column_curvature, const Tensor& plain_weight, const Tensor& share,
+                   uint32_t key, const std::tuple<int, int, float>& grid, int part_columns, const Tensor& new_values,
+                   const Tensor& new_error, const Tensor& sums, int threads);
 
 }  // namespace lrq::cpu
 
@@ -91,5 +99,11 @@ void dequantize_int8(const Tensor& codes, const Tensor& scale, const Tensor& out
 
 // From float32 to any type, or to float32 from any.
 void rotate_hadamard(const Tensor& x, int group, const Tensor& out, uintptr_t stream);
+
+void rounding_step(const Tensor& weight, const Tensor& values, const Tensor& scale, int64_t block_rows,
+                   int64_t block_columns, const Tensor& gradient, const std::optional<Tensor>& row_curvature,
+                   const std::optional<Tensor>& column_curvature, const Tensor& plain_weight, const Tensor& share,
+                   uint32_t key, const std::tuple<int, int, float>& grid, int part_columns, const Tensor& new_values,
+                   const Tensor& new_error, const Tensor& sums, uintptr_t stream);
 
 }  // namespace lrq::cuda

@@ -22,6 +22,7 @@ OPERATIONS = {
     "quantize_int8": "int8",
     "dequantize_int8": "int8",
     "rotate_hadamard": "hadamard",
+    "rounding_step": "rounding_step",
     "swizzle_scales": "swizzle",
     "unswizzle_scales": "swizzle",
 }

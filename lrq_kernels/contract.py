@@ -90,3 +90,10 @@ def check_shape(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of ``multiple`` that is at least ``value``."""
     return (value + multiple - 1) // multiple * multiple
+
+
+def width(columns: int, most: int, least: int = 16) -> int:
+    """A power of two from ``least`` to ``most`` that covers the columns again and again with little beyond them."""
+    candidates = [1 << i for i in range(least.bit_length() - 1, most.bit_length())]
+    covered = {w: round_up(columns, w) for w in candidates}
+    return max(w for w in candidates if covered[w] <= 1.07 * min(covered.values()))

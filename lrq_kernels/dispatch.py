@@ -84,7 +84,12 @@ def _load(backend: str) -> None:
         _missing[backend] = str(error)
 
 
-def _forced_backend() -> str | None:
+def forced_backend() -> str | None:
+    """The backend that ``use_backend`` or ``LRQ_BACKEND`` asks for.
+
+    Raises:
+        BackendError: there is none of this name.
+    """
     forced = _forced.get() or os.environ.get("LRQ_BACKEND") or None
     if forced is not None and forced not in BACKENDS:
         raise BackendError(f"LRQ_BACKEND={forced}: no such backend; choose one of {', '.join(BACKENDS)}")
@@ -106,7 +111,7 @@ def choose(operation: str, args: tuple[Any, ...]) -> str:
     Raises:
         BackendError: the forced backend can't take them; the message says why.
     """
-    forced = _forced_backend()
+    forced = forced_backend()
     if forced is not None:
         reason = refusal(operation, forced, args)
         if reason is not None:
@@ -179,11 +184,19 @@ def _arguments(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return contract, arguments.args
 
 
-@contextlib.contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Force one backend inside the ``with`` block, over ``LRQ_BACKEND``."""
+def use_backend(backend: str) -> contextlib.AbstractContextManager[None]:
+    """Force one backend inside a ``with`` block, over ``LRQ_BACKEND``.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} does not exist; choose one of {', '.join(BACKENDS)}")
+    return _forcing(backend)
+
+
+@contextlib.contextmanager
+def _forcing(backend: str) -> Iterator[None]:
     token = _forced.set(backend)
     try:
         yield

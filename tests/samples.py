@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from lrq_kernels.minifloat import encode_e4m3, nearest_e2m1
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (1, 16), (33, 50), (64, 96), (130, 272), (3, 40, 48))
 """Single weights, ragged edges, more than one swizzle tile, a batch."""
@@ -94,3 +96,54 @@ def matrices() -> Iterator[tuple[str, Tensor]]:
 
 
 MATRICES = dict(matrices())
+
+
+NEAREST = {
+    "e2m1": nearest_e2m1,
+    "e4m3": lambda y: encode_e4m3(y).float(),
+    "int8": lambda y: y.round().clamp(-127, 127),
+}
+"""The nearest number of every grid."""
+
+
+def spread(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
+    """The scale of every weight."""
+    scale = scale.repeat_interleave(block[0], -2)[..., : shape[-2], :]
+    return scale.repeat_interleave(block[1], -1)[..., : shape[-1]]
+
+
+def step_arguments(
+    weight: Tensor,
+    grid: str = "e2m1",
+    block: tuple[int, int] = (1, 16),
+    gradient: torch.dtype = torch.float32,
+    curvatures: tuple[bool, bool] = (True, True),
+    plain_weight: float = 0.1,
+    share: float = 0.3,
+    step: int = 3,
+) -> tuple[object, ...]:
+    """Arguments of ``rounding_step``: a rounded weight and a gradient of the size of its error."""
+    *batch, rows, columns = weight.shape
+    generator = torch.Generator().manual_seed(rows)
+    blocks = (*batch, -(-rows // block[0]), -(-columns // block[1]))
+    amax = weight.abs().amax((-2, -1), keepdim=True).float()
+    largest = {"e2m1": 6, "e4m3": 448, "int8": 127}[grid]
+    scale = (0.5 + torch.rand(blocks, generator=generator)) * amax / largest
+    spread_scale = spread(scale, block, weight.shape)
+    values = NEAREST[grid](weight.float() / spread_scale.clamp(min=1e-38))
+    error = values * spread_scale - weight.float()
+    slope = error.abs().mean() * torch.randn(weight.shape, generator=generator)
+    curvature = [torch.rand(*batch, n, generator=generator) for n in (rows, columns)]
+    return (
+        weight,
+        values.bfloat16(),
+        scale,
+        *block,
+        slope.to(gradient),
+        *(c if has else None for c, has in zip(curvature, curvatures, strict=True)),
+        torch.full(batch, plain_weight),
+        torch.full(batch, share),
+        20,
+        step,
+        grid,
+    )

@@ -6,22 +6,11 @@
 #include "../narrow.h"
 #include "launch.h"
 #include "tile.h"
+#include "vector.h"
 
 namespace lrq::cuda {
 
 constexpr int kExpandThreads = 256;
-
-__device__ __forceinline__ uint32_t narrow_pair(float high, float low, BFloat16) {
-    uint32_t packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-
-__device__ __forceinline__ uint32_t narrow_pair(float high, float low, Float16) {
-    uint32_t packed;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
 
 template <class T>
 __device__ __forceinline__ void store_vector(T* out, const float (&values)[8]) {
@@ -44,9 +33,10 @@ struct Expanding {
     using Place = cuda::Place < kExpandThreads, kLanes, kLanes<32 ? 32 / kLanes : 1>;
 };
 
-// `Format` holds kBlock, kBits (of a code), scale(byte, tensor_scale) and decode(words, pair, even, odd).
+// `Format` holds kBlock, kBits (of a code), scale(byte, tensor_scale) and decode(words, values).
 template <class Format, class T>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout, bool aligned_in, bool aligned_out) {
+    await_predecessor();
     using Shape = Expanding<Format, T>;
     constexpr int kVector = Shape::kVector;
     constexpr int kWords = (Shape::kBytes + 3) / 4;
@@ -75,12 +65,9 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout
         if (j * kTileStep >= rows_left) break;
         const float scale = Format::scale(scales[j] >> within / Format::kBlock * 8 & 0xffu, tensor_scale);
         float values[kVector];
+        Format::decode(words[j], values);
 #pragma unroll
-        for (int i = 0; i < kVector / 2; ++i) {
-            Format::decode(words[j], i, values[2 * i], values[2 * i + 1]);
-            values[2 * i] *= scale;
-            values[2 * i + 1] *= scale;
-        }
+        for (int i = 0; i < kVector; ++i) values[i] *= scale;
         T* const row = out + j * kTileStep * layout.columns;
         if (aligned_out) {
             store_vector(row, values);

@@ -61,6 +61,7 @@ __device__ __forceinline__ void unpack_vector(const uint8_t* in, uint8_t* out, b
 
 template <bool kPack>
 __global__ void __launch_bounds__(kThreads) convert_kernel(Rows rows, bool high_first) {
+    await_predecessor();
     constexpr int kIn = kPack ? 2 : 1, kOut = kPack ? 1 : 2;
     const int64_t first = (blockIdx.x * int64_t{kThreads} + threadIdx.x) * kPacked;
     if (first >= rows.width) return;

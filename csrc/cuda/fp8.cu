@@ -28,8 +28,8 @@ void quantize_fp8(const Tensor& x, const std::string& scaling, int64_t block, co
                   const std::optional<Tensor>& room, const Tensor& codes, const Tensor& scale, uintptr_t stream) {
     constexpr char kOperation[] = "quantize_fp8";
     const DeviceGuard guard(x.device_index, kOperation);
-    quantize_scaled<Codec>(scaled_of(x, scaling, block, given_scale, 0, codes, scale, kOperation), room, x.device_index,
-                           stream, kOperation);
+    quantize_scaled<Codec>(scaled_of(x, scaling, block, given_scale, 0, codes, scale, kOperation), room, stream,
+                           kOperation);
 }
 
 void dequantize_fp8(const Tensor& codes, const Tensor& scale, const Tensor& out, uintptr_t stream) {

@@ -16,6 +16,7 @@ struct Rotated {
 // A thread block rotates a row, in rounds.
 template <int kGroup, class T, class Out, bool kAligned>
 __global__ void __launch_bounds__(kRotationThreads) rotate_kernel(Rotated<Out> layout) {
+    await_predecessor();
     extern __shared__ float4 room[];
     const Rotation<kGroup> rotation(reinterpret_cast<float*>(room));
     const int64_t matrix = batch_index(), row = blockIdx.x, columns = layout.x.columns;

@@ -30,13 +30,16 @@ struct Codec : Int8 {
 // Each thread holds so many times 16 columns of a row.
 constexpr int kHeldTimes = 2;
 
-// A thread block rotates and holds a row; of a row too long for that it rotates all but the last columns again.
-template <int kGroup, class T, bool kAligned>
+// A thread block, or a warp, rotates and holds a row; of a row too long for that it rotates all but the last columns
+// again.
+template <int kGroup, class T, bool kAligned, int kTogether>
 __global__ void __launch_bounds__(kRotationThreads) rotated_rows_kernel(Scaled layout) {
+    await_predecessor();
     extern __shared__ float4 room[];
-    const Rotation<kGroup> rotation(reinterpret_cast<float*>(room));
-    const int64_t matrix = batch_index(), row = blockIdx.x;
-    if (matrix >= layout.x.batch) return;
+    constexpr int kOfWarp = kTogether == 1 ? 0 : kWarpSize / kSharers * kSharedHalf;
+    const Rotation<kGroup> rotation(reinterpret_cast<float*>(room) + threadIdx.y * kOfWarp);
+    const int64_t matrix = batch_index(), row = int64_t{blockIdx.x} * kTogether + threadIdx.y;
+    if (matrix >= layout.x.batch || row >= layout.x.rows) return;
     const T* const source =
         static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride + row * layout.x.row_stride;
     uint8_t* const out = static_cast<uint8_t*>(layout.out) + (matrix * layout.x.rows + row) * layout.x.columns;
@@ -60,7 +63,7 @@ __global__ void __launch_bounds__(kRotationThreads) rotated_rows_kernel(Scaled l
         for (int i = 0; i < kHeldTimes * kRotated; ++i) most = fmaxf(most, fabsf(values[i / kRotated][i % kRotated]));
         if (first + step >= columns) break;
     }
-    const float amax = __uint_as_float(block_largest(__float_as_uint(most)));
+    const float amax = __uint_as_float(tile_largest<kTogether>(__float_as_uint(most)));
     const float scale = Codec::scale(amax, false);
     if (threadIdx.x == 0) layout.scales[matrix * layout.x.rows + row] = scale;
     const Codec::Quotient quotient(scale, amax);
@@ -99,10 +102,19 @@ void quantize_rotated(const Scaled& layout, uintptr_t stream, const char* operat
     with_group(layout.group, operation, [&](auto group) {
         constexpr int kGroup = decltype(group)::value;
         const unsigned threads = rotation_threads<kGroup, kHeldTimes>(layout.x.columns);
-        launch_sharing(operation,
-                       aligned ? rotated_rows_kernel<kGroup, T, true> : rotated_rows_kernel<kGroup, T, false>,
-                       batch_grid(layout.x.rows, layout.x.batch, operation), dim3(threads), rotation_bytes(threads),
-                       stream, layout);
+        const auto launch_rows = [&](auto together) {
+            constexpr int kTogether = decltype(together)::value;
+            const auto kernel = aligned ? rotated_rows_kernel<kGroup, T, true, kTogether>
+                                        : rotated_rows_kernel<kGroup, T, false, kTogether>;
+            launch_sharing(operation, kernel,
+                           batch_grid((layout.x.rows + kTogether - 1) / kTogether, layout.x.batch, operation),
+                           dim3(threads, kTogether), rotation_bytes(threads * kTogether), stream, layout);
+        };
+        // Groups of 1024 are shared by two warps.
+        if (kGroup < 1024 && threads == kWarpSize)
+            launch_rows(std::integral_constant < int, kGroup<1024 ? kWarpsTogether : 1>{});
+        else
+            launch_rows(std::integral_constant<int, 1>{});
     });
 }
 
@@ -114,7 +126,7 @@ void quantize_int8(const Tensor& x, const std::string& scaling, int64_t block, c
     constexpr char kOperation[] = "quantize_int8";
     const Scaled layout = scaled_of(x, scaling, block, given_scale, group, codes, scale, kOperation);
     const DeviceGuard guard(x.device_index, kOperation);
-    if (!group) return quantize_scaled<Codec>(layout, room, x.device_index, stream, kOperation);
+    if (!group) return quantize_scaled<Codec>(layout, room, stream, kOperation);
     require(scaling == "row", "quantize_int8: only rows with a scale each are rotated here");
     if (x.type == Type::kBFloat16)
         quantize_rotated<BFloat16>(layout, stream, kOperation);

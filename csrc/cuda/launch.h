@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -32,6 +33,44 @@ class DeviceGuard {
     bool selected_ = false;
 };
 
+// Every kernel starts with it: the one before it on the stream need not have ended when it begins (CUDA Programming
+// Guide, programmatic dependent launch). What comes after sees all that the one before has written.
+__device__ __forceinline__ void await_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Each thread block pays for beginning early; many short ones lose more by it than the launch gains.
+constexpr uint64_t kMostEarlyBlocks = 1 << 15;
+
+// Whether kernels of the current device may begin before the one before them has ended. A device runs the code of its
+// own major version only, so theirs await it.
+inline bool may_begin_early(const char* operation) {
+    constexpr int kMostDevices = 64;
+    static std::atomic<int> major_of[kMostDevices];
+    int device = 0;
+    check(cudaGetDevice(&device), operation);
+    if (device >= kMostDevices) return false;
+    int major = major_of[device].load(std::memory_order_relaxed);
+    if (major == 0) {
+        check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), operation);
+        major_of[device].store(major, std::memory_order_relaxed);
+    }
+    return major >= 9;
+}
+
+// Thread blocks of a kernel that the current device runs at a time.
+template <class... Parameters>
+int64_t resident_blocks(const char* operation, void (*kernel)(Parameters...), int threads) {
+    int device = 0, multiprocessors = 0, blocks = 0;
+    check(cudaGetDevice(&device), operation);
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), operation);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0), operation);
+    return int64_t{multiprocessors} * blocks;
+}
+
 template <class... Parameters, class... Arguments>
 void launch_sharing(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                     uintptr_t stream, Arguments... arguments) {
@@ -40,6 +79,12 @@ void launch_sharing(const char* operation, void (*kernel)(Parameters...), dim3 g
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = reinterpret_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &early;
+    const bool few = uint64_t{grid.x} * grid.y * grid.z <= kMostEarlyBlocks;
+    config.numAttrs = few && may_begin_early(operation) ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), operation);
     check(cudaGetLastError(), operation);
 }

@@ -13,7 +13,6 @@ using mxfp8::kBlock;
 using mxfp8::Layout;
 
 constexpr char kOperation[] = "quantize_mxfp8";
-constexpr unsigned kWholeWarp = 0xffffffffu;
 
 template <int kSize>
 __device__ __forceinline__ uint32_t encode_word(const float (&values)[kSize], int first, float inverse) {
@@ -32,6 +31,7 @@ static_assert(kSharers == kTileSteps);
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(Layout layout, bool aligned) {
+    await_predecessor();
     const Shared place(layout.column_tiles);
     const int64_t columns = layout.blocks * kBlock;
     const int64_t first = int64_t{place.tile_column} * (kTileColumns * kBlock) + place.lane * kShare;
@@ -75,6 +75,7 @@ constexpr int kSearchShares = kTile / kSearchThreads;
 
 template <class T>
 __global__ void __launch_bounds__(kSearchThreads) search_kernel(Layout layout, bool aligned, float coherence) {
+    await_predecessor();
     const uint32_t tile = blockIdx.x / kSearchShares;
     const uint32_t tile_columns = static_cast<uint32_t>(layout.column_tiles);
     const uint32_t tile_row = tile / tile_columns;
@@ -131,9 +132,10 @@ struct Mxfp8 {
     static constexpr int kBits = 8;
     static __device__ __forceinline__ float scale(uint32_t exponent, float) { return decode_e8m0(exponent); }
 
-    // Values 2 * pair and 2 * pair + 1.
-    static __device__ __forceinline__ void decode(const uint32_t* words, int pair, float& even, float& odd) {
-        decode_e4m3x2(words[pair / 2] >> pair % 2 * 16, odd, even);
+    template <int kCount>
+    static __device__ __forceinline__ void decode(const uint32_t* words, float (&values)[kCount]) {
+#pragma unroll
+        for (int i = 0; i < kCount; i += 2) decode_e4m3x2(words[i / 4] >> i % 4 * 8, values[i + 1], values[i]);
     }
 };
 

@@ -1,6 +1,9 @@
 #include "../nvfp4.h"
 
+#include <cuda_pipeline.h>
+
 #include <algorithm>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "../layout.h"
@@ -9,19 +12,17 @@
 #include "expand.h"
 #include "launch.h"
 #include "load.h"
-#include "resident.h"
+#include "settle.h"
+#include "sieve.h"
+#include "span.h"
 
 namespace lrq::cuda {
 namespace {
 
 using nvfp4::kBlock;
-using nvfp4::kTile;
 using nvfp4::Layout;
 
 constexpr char kOperation[] = "quantize_nvfp4";
-constexpr int kThreads = 128;
-// Tiles of scales that the 32 blocks of a warp cover.
-constexpr int kSpanTiles = kWarpSize / nvfp4::kTileColumns;
 // 128 bytes in flight for every thread.
 template <class T>
 constexpr int kRowsOf = 8 / sizeof(T);
@@ -65,70 +66,16 @@ __device__ __forceinline__ uint2 quantize_by_search(const Block16<T>& block, flo
     return most < total * 0x1p20f ? encode_e2m1x16<true>(block, total) : encode_rarely(block, total);
 }
 
-// Where a thread works in its matrix. A warp takes 32 neighbouring blocks of a row, a thread kRows rows with all of
-// their loads in flight, and the four warps the rows r, r + 32, r + 64 and r + 96: together 16 neighbouring bytes of
-// the swizzled scales. Such parts are numbered from tile row to tile row.
-template <int kRows>
-struct Span {
-    static constexpr uint32_t kShares = 32 / kRows;
-    uint32_t span, share, tile_row, lane, warp, block;
-    int64_t first_row;
-    // Rows of this thread that hold weights, and rows that hold codes.
-    int full, coded;
-
-    __device__ __forceinline__ Span(const Layout& layout, uint32_t spans, uint32_t part) {
-        const uint32_t above = part / spans;
-        span = part - above * spans, share = above % kShares, tile_row = above / kShares;
-        lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-        block = span * kWarpSize + lane;
-        first_row = int64_t{tile_row} * nvfp4::kTileRows + warp * 32 + share * kRows;
-        full = block < layout.blocks ? static_cast<int>(min(layout.x.rows - first_row, int64_t{kRows})) : 0;
-        coded = block < layout.blocks ? static_cast<int>(min(layout.code_rows - first_row, int64_t{kRows})) : 0;
-    }
-
-    // `kWhole`: every block starts at a multiple of 16 bytes and lies inside the matrix.
-    template <bool kWhole, class T>
-    __device__ __forceinline__ void load(const Layout& layout, int64_t matrix, Block16<T> (&blocks)[kRows]) const {
-        const T* const x =
-            static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride + first_row * layout.x.row_stride;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i)
-            if (i < full) {
-                if constexpr (kWhole)
-                    blocks[i].load(x + i * layout.x.row_stride + block * kBlock);
-                else
-                    blocks[i].load_part(x + i * layout.x.row_stride, int64_t{block} * kBlock, layout.x.columns);
-            }
-    }
-
-    // `quantize(block, scale)` sets the scale and returns the codes.
-    template <class T, class Quantize>
-    __device__ __forceinline__ void store(const Layout& layout, int64_t matrix, const Block16<T> (&blocks)[kRows],
-                                          uint4 (&staged)[kSpanTiles][kRows], const Quantize& quantize) const {
-        uint2* const codes =
-            reinterpret_cast<uint2*>(layout.codes) + (matrix * layout.code_rows + first_row) * layout.blocks + block;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            uint32_t scale = 0;
-            if (i < full)
-                codes[i * layout.blocks] = quantize(blocks[i], scale);
-            else if (i < coded)
-                codes[i * layout.blocks] = make_uint2(0, 0);
-            reinterpret_cast<uint8_t*>(&staged[lane / 4][i])[warp * 4 + lane % 4] = static_cast<uint8_t>(scale);
-        }
-        __syncthreads();
-        const int64_t tile = int64_t{span} * kSpanTiles + threadIdx.x / kRows;
-        if (threadIdx.x < kSpanTiles * kRows && tile < layout.column_tiles) {
-            const int64_t place = (matrix * layout.row_tiles + tile_row) * layout.column_tiles + tile;
-            uint4* const target = reinterpret_cast<uint4*>(layout.scales + place * kTile) + share * kRows;
-            target[threadIdx.x % kRows] = staged[threadIdx.x / kRows][threadIdx.x % kRows];
-        }
-    }
-};
+__device__ __noinline__ uint3 search_rarely(const Block16<BFloat16> block, float outer, float coherence) {
+    uint32_t scale;
+    const uint2 codes = quantize_by_search(block, outer, coherence, scale);
+    return make_uint3(codes.x, codes.y, scale);
+}
 
 template <class T, bool kSearch, bool kWhole>
-__global__ void __launch_bounds__(kThreads, kSearch ? 4 : 6)
-    quantize_kernel(Layout layout, uint32_t spans, const float* amax, float coherence) {
+__global__ void __launch_bounds__(kSpanThreads, kSearch ? 4 : 7)
+    quantize_kernel(Layout layout, uint32_t spans, Found found, float coherence) {
+    await_predecessor();
     constexpr int kRows = kSearch ? 1 : kRowsOf<T>;
     __shared__ uint4 staged[kSpanTiles][kRows];
     const int64_t matrix = blockIdx.y;
@@ -137,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kSearch ? 4 : 6)
     Block16<T> blocks[kRows];
     span.template load<kWhole>(layout, matrix, blocks);
     const float outer =
-        layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(amax[matrix]);
+        layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(found.of(matrix));
     if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = outer;
     const Quotient by_outer(outer, 0.0f);
     span.store(layout, matrix, blocks, staged, [&](const Block16<T>& block, uint32_t& scale) {
@@ -146,81 +93,135 @@ __global__ void __launch_bounds__(kThreads, kSearch ? 4 : 6)
     });
 }
 
-// A unit of resident.h: whole blocks, scales by the rule from the amax of the matrix.
-template <class T>
-struct RuledUnit {
-    static constexpr int kThreads = cuda::kThreads;
-    static constexpr int kBlocks = sizeof(T) == sizeof(float) ? 4 : 6;
-    static constexpr int kRows = kRowsOf<T>;
-    struct Layout {
-        nvfp4::Layout of;
-        uint32_t spans;
-    };
-    struct Held {
-        static constexpr int kWords = kRows * Block16<T>::kWords;
-        Block16<T> blocks[kRows];
-        __device__ __forceinline__ uint32_t& word(int i) {
-            return blocks[i / Block16<T>::kWords].words[i % Block16<T>::kWords];
+// The amax; of a block with a NaN, that.
+__device__ __forceinline__ float bound_of(const Block16<BFloat16>& block) {
+    uint32_t most = 0;
+#pragma unroll
+    for (uint32_t word : block.words) most = __vmaxu2(most, word & 0x7fff7fffu);
+    return widen_most<BFloat16>(most);
+}
+
+// Thread blocks on a multiprocessor: as many as registers suffice for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kSieveBlocks = 4;
+#else
+constexpr int kSieveBlocks = 5;
+#endif
+
+// The weights of a thread's next part, on their way while those of this one are worked on.
+class Ahead {
+  public:
+    __device__ __forceinline__ explicit Ahead(uint4 (&room)[2][2][kSpanThreads]) : room_(room) {}
+
+    __device__ __forceinline__ void fetch(const Layout& layout, int64_t matrix, const Span<1>& span) {
+        turn_ ^= 1;
+        if (span.full > 0) {
+            const auto* const from = reinterpret_cast<const uint4*>(span.weights<BFloat16>(layout, matrix));
+            __pipeline_memcpy_async(&room_[turn_][0][threadIdx.x], from, sizeof(uint4));
+            __pipeline_memcpy_async(&room_[turn_][1][threadIdx.x], from + 1, sizeof(uint4));
         }
-    };
-
-    static __device__ __forceinline__ void load(const Layout& layout, uint32_t matrix, uint32_t unit, Held& held) {
-        const Span<kRows> span(layout.of, layout.spans, unit);
-#pragma unroll
-        for (int i = 0; i < kRows; ++i)
-            if (i >= span.full) held.blocks[i] = Block16<T>{};
-        span.template load<true>(layout.of, matrix, held.blocks);
+        __pipeline_commit();
     }
 
-    static __device__ __forceinline__ uint32_t most(const Held& held) {
-        float most = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) most = fmaxf(most, held.blocks[i].amax());
-        return __float_as_uint(most);
+    // What was fetched last; no other thread reads it.
+    __device__ __forceinline__ void take(Block16<BFloat16>& block) const {
+        __pipeline_wait_prior(0);
+        const uint4 low = room_[turn_][0][threadIdx.x], high = room_[turn_][1][threadIdx.x];
+        block.words[0] = low.x, block.words[1] = low.y, block.words[2] = low.z, block.words[3] = low.w;
+        block.words[4] = high.x, block.words[5] = high.y, block.words[6] = high.z, block.words[7] = high.w;
     }
 
-    static __device__ __forceinline__ void quantize(const Layout& layout, uint32_t matrix, uint32_t unit,
-                                                    const Held& held, float amax) {
-        __shared__ uint4 staged[kSpanTiles][kRows];
-        const float outer = nvfp4::scale_of_amax(amax);
-        if (unit == 0 && threadIdx.x == 0) layout.of.tensor_scale[matrix] = outer;
-        const Quotient by_outer(outer, 0.0f);
-        // What the unit before staged has been read.
-        __syncthreads();
-        const Span<kRows> span(layout.of, layout.spans, unit);
-        span.store(layout.of, matrix, held.blocks, staged, [&](const Block16<T>& block, uint32_t& scale) {
-            return quantize_by_rule(block, by_outer, outer, scale);
-        });
-    }
+  private:
+    uint4 (&room_)[2][2][kSpanThreads];
+    uint32_t turn_ = 0;
 };
 
+// Of bfloat16. Thread blocks stay, for the sake of their table.
+template <bool kWhole>
+__global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
+    sieve_kernel(Layout layout, uint32_t spans, uint32_t parts, Found found, float coherence) {
+    await_predecessor();
+    __shared__ Octaves table[SieveTable::kRows];
+    // By turns: a thread may be a part ahead of those that still read.
+    __shared__ uint4 staged[2][kSpanTiles][1];
+    __shared__ uint4 weights[kSpanThreads / kWarpSize][2];
+    __shared__ uint4 room[2][2][kSpanThreads];
+    Ahead ahead(room);
+    const auto span_of = [&](uint32_t part) { return Span<1>(layout, spans, parts - 1 - part); };
+    if constexpr (kWhole) ahead.fetch(layout, blockIdx.y, span_of(blockIdx.x));
+    const int64_t matrix = blockIdx.y;
+    const float outer =
+        layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(found.of(matrix));
+    if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = outer;
+    const bool sieved = SieveTable::serves(outer, coherence);
+    if (sieved) SieveTable::fill(table, outer, static_cast<int>(threadIdx.x), kSpanThreads);
+    const Quotient by_outer(outer, 0.0f);
+    __syncthreads();
+    uint32_t turn = 0;
+    for (uint32_t part = blockIdx.x; part < parts; part += gridDim.x, turn ^= 1) {
+        const Span<1> span = span_of(part);
+        Block16<BFloat16> blocks[1];
+        if constexpr (kWhole) {
+            ahead.take(blocks[0]);
+            if (part + gridDim.x < parts) ahead.fetch(layout, matrix, span_of(part + gridDim.x));
+        } else {
+            span.template load<false>(layout, matrix, blocks);
+        }
+        const Block16<BFloat16>& block = blocks[0];
+        uint3 result = make_uint3(0, 0, 0);
+        Doubt doubt;
+        const float most = span.full > 0 ? bound_of(block) : 0.0f;
+        const float ratio = by_outer.of(Quotient(kE2M1Max, 1.0f / kE2M1Max, true).of(most));
+        bool lost = !(most == 0.0f);
+        if (sieved && Sieve::serves(most, ratio)) {
+            const Sieve sieve(block.words, most, ratio, outer, coherence, table);
+            const uint32_t doubtful = sieve.doubtful();
+            const int code = sieve.first() - Sieve::kBelow + __ffs(static_cast<int>(Sieve::inside(doubtful))) - 1;
+            result = make_uint3(sieve.codes(0, code), sieve.codes(1, code), static_cast<uint32_t>(code));
+            lost = !sieve.decides();
+            if (!lost && (doubtful & (doubtful - 1)) != 0)
+                doubt = {doubtful, sieve.first(), sieve.unit(), sieve.limit()};
+        }
+        settle(block, doubt, outer, coherence, weights[threadIdx.x / kWarpSize], result);
+        if (lost) result = search_rarely(block, outer, coherence);
+        span.store(layout, matrix, blocks, staged[turn], [&](const Block16<BFloat16>&, uint32_t& scale) {
+            scale = result.z;
+            if (lost || scale == 0) return make_uint2(result.x, result.y);
+            return make_uint2(result.x | signs_of(block, 0), result.y | signs_of(block, 4));
+        });
+    }
+}
+
 template <class T, bool kSearch>
-void run(const Layout& layout, const std::optional<Tensor>& room, float coherence, int device, uintptr_t stream) {
+void run(const Layout& layout, const std::optional<Tensor>& room, float coherence, uintptr_t stream) {
     const bool whole = is_aligned<T>(layout.x) && layout.blocks * kBlock == layout.x.columns;
     require(layout.x.batch <= kMaxGridY, "quantize_nvfp4: too many matrices for one launch");
     const int64_t spans = (layout.column_tiles + kSpanTiles - 1) / kSpanTiles;
     const int64_t blocks = layout.row_tiles * (kSearch ? 32 : 32 / kRowsOf<T>)*spans;
     require(blocks <= kMaxGridX && layout.blocks < kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
-    float* const amax = room ? static_cast<float*>(room->data) : nullptr;
-    if (!layout.given_scale) {
-        if (!kSearch && whole &&
-            launch_resident<RuledUnit<T>>({layout, static_cast<uint32_t>(spans)}, layout.x.batch, blocks, amax,
-                                          room->size(1), device, stream, kOperation))
-            return;
-        launch_amax<T>(layout.x, amax, stream, kOperation);
+    const Found found = layout.given_scale ? Found{} : find_amax<T>(layout.x, *room, stream, kOperation);
+    if constexpr (kSearch && std::is_same_v<T, BFloat16>) {
+        const auto kernel = whole ? sieve_kernel<true> : sieve_kernel<false>;
+        const int64_t resident = resident_blocks(kOperation, kernel, kSpanThreads);
+        // No more than run at a time: each would fill a table for what is left over.
+        const int64_t held = std::max<int64_t>(resident / std::max<int64_t>(layout.x.batch, 1), 1);
+        launch(kOperation, kernel,
+               dim3(static_cast<unsigned>(std::min(blocks, held)), static_cast<unsigned>(layout.x.batch)),
+               dim3(kSpanThreads), stream, layout, static_cast<uint32_t>(spans), static_cast<uint32_t>(blocks), found,
+               coherence);
+    } else {
+        const auto kernel = whole ? quantize_kernel<T, kSearch, true> : quantize_kernel<T, kSearch, false>;
+        launch(kOperation, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(layout.x.batch)),
+               dim3(kSpanThreads), stream, layout, static_cast<uint32_t>(spans), found, coherence);
     }
-    const auto kernel = whole ? quantize_kernel<T, kSearch, true> : quantize_kernel<T, kSearch, false>;
-    launch(kOperation, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(layout.x.batch)),
-           dim3(kThreads), stream, layout, static_cast<uint32_t>(spans), amax, coherence);
 }
 
 template <class T>
-void run(const Layout& layout, const std::optional<Tensor>& room, std::optional<double> coherence, int device,
-         uintptr_t stream) {
+void run(const Layout& layout, const std::optional<Tensor>& room, std::optional<double> coherence, uintptr_t stream) {
     if (coherence)
-        run<T, true>(layout, room, static_cast<float>(*coherence), device, stream);
+        run<T, true>(layout, room, static_cast<float>(*coherence), stream);
     else
-        run<T, false>(layout, room, 0.0f, device, stream);
+        run<T, false>(layout, room, 0.0f, stream);
 }
 
 struct Nvfp4 {
@@ -230,11 +231,20 @@ struct Nvfp4 {
         return tensor_scale * decode_signed_e4m3(code);
     }
 
-    // The even column is in the high nibble.
-    static __device__ __forceinline__ void decode(const uint32_t* words, int pair, float& even, float& odd) {
-        const uint32_t byte = words[pair / 4] >> pair % 4 * 8;
-        even = decode_e2m1(byte >> 4);
-        odd = decode_e2m1(byte);
+    // Values of 8 or 4 codes, two at a time: the bits of a code are those of a half, but for the exponent's bias.
+    template <int kCount>
+    static __device__ __forceinline__ void decode(const uint32_t* words, float (&values)[kCount]) {
+        constexpr int kApart = kCount / 2;
+        const uint32_t codes = kCount == 8 ? words[0] : __byte_perm(words[0], 0, 0x4140);
+#pragma unroll
+        for (int i = 0; i < kApart; ++i) {
+            const uint32_t magnitudes = (4 * i < 9 ? codes << (9 - 4 * i) : codes >> (4 * i - 9)) & 0x0e000e00u;
+            const uint32_t bits = magnitudes | (codes << (12 - 4 * i) & 0x80008000u);
+            const float2 two =
+                __half22float2(__hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(0x1p14f)));
+            // The even column is in the high nibble.
+            values[i ^ 1] = two.x, values[(i + kApart) ^ 1] = two.y;
+        }
     }
 };
 
@@ -257,15 +267,14 @@ void quantize_nvfp4(const Tensor& x, const std::optional<Tensor>& given_scale, c
                     std::optional<double> coherence, const Tensor& codes, const Tensor& block_scales,
                     const Tensor& tensor_scale, uintptr_t stream) {
     const Layout layout = nvfp4::layout_of(x, given_scale, codes, block_scales, tensor_scale);
-    require(given_scale || (room && room->size(1) >= layout.x.batch),
-            "quantize_nvfp4: either a given scale or room for the amax");
+    require(given_scale || room, "quantize_nvfp4: either a given scale or room for the amax");
     const DeviceGuard guard(x.device_index, kOperation);
     if (x.type == Type::kBFloat16)
-        run<BFloat16>(layout, room, coherence, x.device_index, stream);
+        run<BFloat16>(layout, room, coherence, stream);
     else if (x.type == Type::kFloat16)
-        run<Float16>(layout, room, coherence, x.device_index, stream);
+        run<Float16>(layout, room, coherence, stream);
     else
-        run<float>(layout, room, coherence, x.device_index, stream);
+        run<float>(layout, room, coherence, stream);
 }
 
 void dequantize_nvfp4(const Tensor& codes, const Tensor& block_scales, const Tensor& tensor_scale, const Tensor& out,

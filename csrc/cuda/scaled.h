@@ -6,13 +6,13 @@
 #include "../quotient.h"
 #include "../scaling.h"
 #include "amax.h"
-#include "resident.h"
+#include "vector.h"
 
 namespace lrq::cuda {
 
-constexpr int kScaledThreads = 256;
+constexpr int kScaledThreads = 128;
 // So many thread blocks on a multiprocessor, registers permitting.
-constexpr int kScaledBlocks = 4;
+constexpr int kScaledBlocks = 8;
 // As many vectors as 64 bytes.
 template <class T>
 constexpr int kMatrixVectors = 64 / (kVector * sizeof(T));
@@ -51,12 +51,7 @@ __device__ __forceinline__ void store_codes(uint8_t* out, const Codes& codes, in
 template <class T>
 struct Share {
     static constexpr int kHeld = kMatrixVectors<T>;
-    static constexpr int kWords = kHeld * Vector<T>::kWords;
     Vector<T> vectors[kHeld];
-
-    __device__ __forceinline__ uint32_t& word(int i) {
-        return vectors[i / Vector<T>::kWords].words[i % Vector<T>::kWords];
-    }
 
     __device__ __forceinline__ uint32_t most() const {
         uint32_t most = 0;
@@ -103,14 +98,15 @@ struct Whole {
 // The scale is given, or comes from the amax. The pass that found it left the end of the matrix in L2: this one starts
 // there.
 template <class Codec, class T, bool kAligned>
-__global__ void __launch_bounds__(kScaledThreads, kScaledBlocks) matrix_kernel(Whole layout, const float* amax) {
+__global__ void __launch_bounds__(kScaledThreads, kScaledBlocks) matrix_kernel(Whole layout, Found found) {
+    await_predecessor();
     const int64_t matrix = batch_index();
     if (matrix >= layout.of.x.batch) return;
     const float* const given = layout.of.given;
     const uint32_t share = given ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     Share<T> held;
     layout.load<kAligned>(matrix, share, held);
-    const float scale = given ? given[matrix * layout.of.given_stride] : Codec::scale(amax[matrix], true);
+    const float scale = given ? given[matrix * layout.of.given_stride] : Codec::scale(found.of(matrix), true);
     if (blockIdx.x == 0 && threadIdx.x == 0) layout.of.scales[matrix] = scale;
     if (given)
         layout.store<Codec, false, kAligned>(matrix, share, held, scale);
@@ -118,36 +114,18 @@ __global__ void __launch_bounds__(kScaledThreads, kScaledBlocks) matrix_kernel(W
         layout.store<Codec, true, kAligned>(matrix, share, held, scale);
 }
 
-// A unit of resident.h: vectors that are whole and aligned.
-template <class Codec, class T>
-struct WholeUnit {
-    static constexpr int kThreads = kScaledThreads;
-    static constexpr int kBlocks = kScaledBlocks;
-    using Layout = Whole;
-    using Held = Share<T>;
-
-    static __device__ __forceinline__ void load(const Layout& layout, uint32_t matrix, uint32_t unit, Held& held) {
-        layout.load<true>(matrix, unit, held);
-    }
-    static __device__ __forceinline__ uint32_t most(const Held& held) { return held.most(); }
-    static __device__ __forceinline__ void quantize(const Layout& layout, uint32_t matrix, uint32_t unit,
-                                                    const Held& held, float amax) {
-        const float scale = Codec::scale(amax, true);
-        if (unit == 0 && threadIdx.x == 0) layout.of.scales[matrix] = scale;
-        layout.store<Codec, true, true>(matrix, unit, held, scale);
-    }
-};
-
-// A thread block for each tile, a row or a square block, which it holds; of a tile too large for that it reads all but
-// the last vectors again.
-template <class Codec, class T, int kHeld, int kThreads, bool kAligned>
+// A thread block, or a warp, for each tile, a row or a square block, which it holds; of a tile too large for that it
+// reads all but the last vectors again.
+template <class Codec, class T, int kHeld, int kThreads, bool kAligned, int kTogether>
 __global__ void __launch_bounds__(kThreads)
-    tile_kernel(Scaled layout, Divisor tiles_across, Divisor across, uint32_t vectors) {
+    tile_kernel(Scaled layout, Divisor tiles_across, Divisor across, uint32_t tiles, uint32_t vectors) {
+    await_predecessor();
     const int64_t matrix = batch_index();
-    if (matrix >= layout.x.batch) return;
-    const uint32_t down = tiles_across.quotient(blockIdx.x);
+    const uint32_t tile = blockIdx.x * kTogether + threadIdx.y;
+    if (matrix >= layout.x.batch || tile >= tiles) return;
+    const uint32_t down = tiles_across.quotient(tile);
     const int64_t first_row = down * layout.tile_rows;
-    const int64_t first_column = tiles_across.remainder(blockIdx.x, down) * layout.tile_columns;
+    const int64_t first_column = tiles_across.remainder(tile, down) * layout.tile_columns;
     const T* const source = static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride +
                             first_row * layout.x.row_stride + first_column;
     uint8_t* const out =
@@ -173,9 +151,9 @@ __global__ void __launch_bounds__(kThreads)
         for (int j = 0; j < kHeld; ++j) most = most_of(held[j], most);
         if (first + step >= vectors) break;
     }
-    const float amax = __uint_as_float(block_largest(__float_as_uint(widen_most<T>(most))));
+    const float amax = __uint_as_float(tile_largest<kTogether>(__float_as_uint(widen_most<T>(most))));
     const float scale = Codec::scale(amax, false);
-    if (threadIdx.x == 0) layout.scales[matrix * gridDim.x + blockIdx.x] = scale;
+    if (threadIdx.x == 0) layout.scales[matrix * tiles + tile] = scale;
     const typename Codec::Quotient quotient(scale, amax);
     for (;; first -= step) {
 #pragma unroll
@@ -193,69 +171,63 @@ __global__ void __launch_bounds__(kThreads)
 
 inline int64_t vectors_in(int64_t columns) { return (columns + kVector - 1) / kVector; }
 
-template <class Codec, class T, int kHeld, int kThreads>
+template <class Codec, class T, int kHeld, int kThreads, int kTogether>
 void launch_tiles(const Scaled& layout, bool aligned, uintptr_t stream, const char* operation) {
     const int64_t across = vectors_in(layout.tile_columns), vectors = across * layout.tile_rows;
     require(vectors <= std::numeric_limits<int32_t>::max() / 2,
             std::string(operation) + ": the matrix is too large for one launch");
     const int64_t wanted = (vectors + kHeld * kWarpSize - 1) / (kHeld * kWarpSize) * kWarpSize;
-    const auto threads = static_cast<unsigned>(std::min<int64_t>(wanted, kThreads));
-    const auto kernel =
-        aligned ? tile_kernel<Codec, T, kHeld, kThreads, true> : tile_kernel<Codec, T, kHeld, kThreads, false>;
-    launch(operation, kernel, batch_grid(layout.tiles_down() * layout.tiles_across(), layout.x.batch, operation),
-           dim3(threads), stream, layout, Divisor(layout.tiles_across(), operation), Divisor(across, operation),
-           static_cast<uint32_t>(vectors));
+    const auto threads = static_cast<unsigned>(std::min<int64_t>(wanted, kThreads / kTogether));
+    const auto kernel = aligned ? tile_kernel<Codec, T, kHeld, kThreads, true, kTogether>
+                                : tile_kernel<Codec, T, kHeld, kThreads, false, kTogether>;
+    const int64_t tiles = layout.tiles_down() * layout.tiles_across();
+    launch(operation, kernel, batch_grid((tiles + kTogether - 1) / kTogether, layout.x.batch, operation),
+           dim3(threads, kTogether), stream, layout, Divisor(layout.tiles_across(), operation),
+           Divisor(across, operation), static_cast<uint32_t>(tiles), static_cast<uint32_t>(vectors));
 }
 
 template <class Codec, class T>
-void quantize_whole(const Scaled& layout, bool aligned, const std::optional<Tensor>& room, int device, uintptr_t stream,
+void quantize_whole(const Scaled& layout, bool aligned, const std::optional<Tensor>& room, uintptr_t stream,
                     const char* operation) {
     const Matrix& x = layout.x;
-    require(layout.given || (room && room->size(1) >= x.batch),
-            std::string(operation) + ": either a given scale or room for the amax");
-    float* const amax = room ? static_cast<float*>(room->data) : nullptr;
+    require(layout.given || room, std::string(operation) + ": either a given scale or room for the amax");
     const int64_t vectors = vectors_in(x.columns) * x.rows;
     constexpr int64_t kShare = kScaledThreads * kMatrixVectors<T>;
     require(vectors <= std::numeric_limits<int32_t>::max() - kShare,
             std::string(operation) + ": the matrix is too large for one launch");
     const Whole whole{layout, Divisor(vectors_in(x.columns), operation), static_cast<uint32_t>(vectors)};
     const int64_t shares = (vectors + kShare - 1) / kShare;
-    if (!layout.given) {
-        if (aligned && launch_resident<WholeUnit<Codec, T>>(whole, x.batch, shares, amax, room->size(1), device, stream,
-                                                            operation))
-            return;
-        launch_amax<T>(x, amax, stream, operation);
-    }
+    const Found found = layout.given ? Found{} : find_amax<T>(x, *room, stream, operation);
     launch(operation, aligned ? matrix_kernel<Codec, T, true> : matrix_kernel<Codec, T, false>,
-           batch_grid(shares, x.batch, operation), dim3(kScaledThreads), stream, whole, amax);
+           batch_grid(shares, x.batch, operation), dim3(kScaledThreads), stream, whole, found);
 }
 
 template <class Codec, class T>
-void quantize_as(const Scaled& layout, const std::optional<Tensor>& room, int device, uintptr_t stream,
-                 const char* operation) {
+void quantize_as(const Scaled& layout, const std::optional<Tensor>& room, uintptr_t stream, const char* operation) {
     const bool aligned = is_aligned_throughout<T>(layout.x) && layout.tile_columns % kVector == 0 &&
                          is_multiple(layout.out, sizeof(uint2));
     // A block of 128 x 128 fits into the registers of as few threads as hold 128 bytes each.
-    constexpr int kOfBlock = 128 / (kVector * sizeof(T));
+    constexpr int kOfBlock = 128 / (kVector * sizeof(T)), kOfRow = 4;
     if (layout.of_tensor)
-        quantize_whole<Codec, T>(layout, aligned, room, device, stream, operation);
+        quantize_whole<Codec, T>(layout, aligned, room, stream, operation);
+    else if (layout.tile_rows == 1 && vectors_in(layout.tile_columns) <= kOfRow * kWarpSize)
+        launch_tiles<Codec, T, kOfRow, kWarpsTogether * kWarpSize, kWarpsTogether>(layout, aligned, stream, operation);
     else if (layout.tile_rows == 1)
-        launch_tiles<Codec, T, 4, 1024>(layout, aligned, stream, operation);
+        launch_tiles<Codec, T, kOfRow, 1024, 1>(layout, aligned, stream, operation);
     else
-        launch_tiles<Codec, T, kOfBlock, 2048 / kOfBlock>(layout, aligned, stream, operation);
+        launch_tiles<Codec, T, kOfBlock, 2048 / kOfBlock, 1>(layout, aligned, stream, operation);
 }
 
 // `room` holds a float32 for every matrix and, for one launch to do, every thread block; absent unless a matrix has one
 // scale that is not given.
 template <class Codec>
-void quantize_scaled(const Scaled& layout, const std::optional<Tensor>& room, int device, uintptr_t stream,
-                     const char* operation) {
+void quantize_scaled(const Scaled& layout, const std::optional<Tensor>& room, uintptr_t stream, const char* operation) {
     if (layout.x.type == Type::kBFloat16)
-        quantize_as<Codec, BFloat16>(layout, room, device, stream, operation);
+        quantize_as<Codec, BFloat16>(layout, room, stream, operation);
     else if (layout.x.type == Type::kFloat16)
-        quantize_as<Codec, Float16>(layout, room, device, stream, operation);
+        quantize_as<Codec, Float16>(layout, room, stream, operation);
     else
-        quantize_as<Codec, float>(layout, room, device, stream, operation);
+        quantize_as<Codec, float>(layout, room, stream, operation);
 }
 
 }  // namespace lrq::cuda

@@ -45,6 +45,7 @@ __device__ __forceinline__ void store_word(uint8_t* out, uint32_t word, int64_t 
 // A thread takes the 4 rows by 4 columns that are 16 bytes of a tile.
 template <bool kForth>
 __global__ void __launch_bounds__(kThreads) swizzle_kernel(Layout layout) {
+    await_predecessor();
     const int64_t column_tile = int64_t{blockIdx.x} * kTilesAside + threadIdx.x % kTilesAside;
     if (column_tile >= layout.column_tiles) return;
     const int64_t step_row = threadIdx.x / kTilesAside;

@@ -8,7 +8,7 @@
 namespace lrq::cuda {
 
 constexpr int kUnscaledThreads = 256;
-constexpr int kUnscaledVectors = 4;
+constexpr int kUnscaledVectors = 2;
 
 struct Tiling {
     Divisor across, tile_rows, tile_columns;
@@ -17,27 +17,9 @@ struct Tiling {
     int64_t tiles_across, tiles;
 };
 
-__device__ __forceinline__ void store_values(float* out, const float (&values)[kVector]) {
-#pragma unroll
-    for (int i = 0; i < kVector; i += 4)
-        *reinterpret_cast<float4*>(out + i) = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
-}
-
-template <class T>
-__device__ __forceinline__ void store_values(T* out, const float (&values)[kVector]) {
-    uint32_t words[kVector / 2];
-#pragma unroll
-    for (int i = 0; i < kVector / 2; ++i) {
-        T low, high;
-        narrow(values[2 * i], low);
-        narrow(values[2 * i + 1], high);
-        words[i] = low.bits | uint32_t{high.bits} << 16;
-    }
-    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 template <class Codec, class T, bool kAligned>
 __global__ void __launch_bounds__(kUnscaledThreads) values_kernel(Scaled layout, Tiling tiling, uint32_t vectors) {
+    await_predecessor();
     const int64_t matrix = batch_index();
     if (matrix >= layout.x.batch) return;
     const uint32_t first = blockIdx.x * (kUnscaledThreads * kUnscaledVectors) + threadIdx.x;

@@ -94,6 +94,44 @@ __device__ __forceinline__ uint32_t block_largest(uint32_t bits) {
     return __reduce_max_sync(kWholeWarp, lane < blockDim.x / kWarpSize ? shared[lane] : 0u);
 }
 
+// Tiles that fit a warp share a thread block, each with a warp along y: thread blocks of a single warp cost more to
+// start than they take to run.
+constexpr int kWarpsTogether = 4;
+
+// The largest in a thread block, or in a warp where it has a tile of its own.
+template <int kTogether>
+__device__ __forceinline__ uint32_t tile_largest(uint32_t bits) {
+    return kTogether == 1 ? block_largest(bits) : __reduce_max_sync(kWholeWarp, bits);
+}
+
+// Two values in a word, ties to even.
+__device__ __forceinline__ uint32_t narrow_pair(float high, float low, BFloat16) {
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+__device__ __forceinline__ uint32_t narrow_pair(float high, float low, Float16) {
+    uint32_t packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// Vectors that are whole and aligned.
+__device__ __forceinline__ void store_values(float* out, const float (&values)[kVector]) {
+#pragma unroll
+    for (int i = 0; i < kVector; i += 4)
+        *reinterpret_cast<float4*>(out + i) = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
+}
+
+template <class T>
+__device__ __forceinline__ void store_values(T* out, const float (&values)[kVector]) {
+    uint32_t words[kVector / 2];
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) words[i] = narrow_pair(values[2 * i + 1], values[2 * i], T{});
+    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 // Division of numbers below 2^31 by one divisor (Granlund and Montgomery, 1994).
 class Divisor {
   public:

@@ -25,4 +25,4 @@ elif not torch.cuda.is_available():
     unavailable("cuda", "no CUDA device")
 
 # They need the extension that was looked for above.
-from lrq_kernels.native import amax, fp4, fp8, hadamard, int8, mxfp8, nvfp4, swizzle  # noqa: E402, F401
+from lrq_kernels.native import amax, fp4, fp8, hadamard, int8, mxfp8, nvfp4, rounding_step, swizzle  # noqa: E402, F401

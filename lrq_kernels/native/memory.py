@@ -39,13 +39,13 @@ def on_cuda(*inputs: object) -> str | None:
     return _device_refusal(tensors[0].device.index)
 
 
-_THREAD_BLOCKS = 4096
-"""More than run on any GPU at once, of the kernels that ask."""
+_MOST_PARTS = 256
+"""``kMostParts`` of csrc/cuda/amax.h."""
 
 
 def room_for_amax(x: Tensor) -> Tensor:
-    """Memory in which thread blocks tell each other the amax of the matrices of ``x``."""
-    return x.new_empty(_THREAD_BLOCKS + x.shape[:-2].numel(), dtype=torch.float32)
+    """Memory in which thread blocks tell what they found in their parts of the matrices of ``x``."""
+    return x.new_empty(max(_MOST_PARTS, x.shape[:-2].numel()), dtype=torch.float32)
 
 
 def stream_of(x: Tensor) -> int:

@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrq_kernels.contract import width
 from lrq_kernels.dispatch import kernel
 from lrq_kernels.triton.arithmetic import narrow, widen
-from lrq_kernels.triton.launch import Tile, accepts, current, matrices_of, merged, width
+from lrq_kernels.triton.launch import Tile, accepts, current, matrices_of, merged
 
-ROTATED = 16
-"""At least so many weights to each thread, or digits would not fit into its registers."""
 _WEIGHTS, _WARPS = 4096, 4
 _LARGEST = 1024
 

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lrq_kernels.contract import width
 from lrq_kernels.triton.arithmetic import widen
 
 INTERPRETED = not isinstance(widen, triton.JITFunction)
@@ -96,13 +97,6 @@ class Tile:
 
     def programs(self, x: Tensor) -> int:
         return triton.cdiv(x.shape[-2], self.rows) * self.across(x)
-
-
-def width(columns: int, most: int, least: int = 16) -> int:
-    """A power of two from ``least`` to ``most`` that covers the columns again and again with little beyond them."""
-    candidates = [1 << i for i in range(least.bit_length() - 1, most.bit_length())]
-    covered = {w: triton.cdiv(columns, w) * w for w in candidates}
-    return max(w for w in candidates if covered[w] <= 1.07 * min(covered.values()))
 
 
 def tile_of(x: Tensor, weights: int, least: int = 16) -> Tile:

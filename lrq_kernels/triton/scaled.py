@@ -9,15 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrq_kernels.contract import width
 from lrq_kernels.triton.amax import amax_bits
 from lrq_kernels.triton.arithmetic import widen
 from lrq_kernels.triton.codec import encode, encode_by_given, reciprocal_of, scale_of
-from lrq_kernels.triton.hadamard import ROTATED, rotate
-from lrq_kernels.triton.launch import INTERPRETED, Tile, has_e4m3, merged, tile_of, warps_of, width
+from lrq_kernels.triton.hadamard import rotate
+from lrq_kernels.triton.launch import INTERPRETED, Tile, has_e4m3, merged, tile_of, warps_of
 
 _MATRIX_WEIGHTS, _MATRIX_HELD = 8192, 32
 _CHUNK, _MOST_CHUNKS = 2048, 8
 _ROTATED_CHUNK, _MOST_ROTATED_CHUNKS = 4096, 5
+_ROTATED_HELD = 96
+"""Rotated weights of a thread, at most, where it holds 32 of a chunk: more of them spill."""
 _ROWS_WEIGHTS = 2048
 _BLOCK, _BLOCKS_WEIGHTS = 128, 8192
 _REGION_WEIGHTS = 8192
@@ -223,11 +226,8 @@ def quantize_matrix(x: Tensor, given: Tensor | None, codes: Tensor, scales: Tens
 
 def rows_config(columns: int, group: int) -> dict[str, int] | None:
     """How `rows_kernel` holds rows, None if they are too long for it."""
-    if group:
-        # float32 is held, not what was loaded.
-        held, most, longest = ROTATED, _MOST_ROTATED_CHUNKS, _ROTATED_CHUNK
-    else:
-        held, most, longest = 8, _MOST_CHUNKS, _CHUNK
+    # Of rotated rows float32 is held, not what was loaded.
+    most, longest = (_MOST_ROTATED_CHUNKS, _ROTATED_CHUNK) if group else (_MOST_CHUNKS, _CHUNK)
     chunk = width(columns, longest, max(16, group))
     while columns > most * chunk and chunk < longest:
         chunk *= 2
@@ -235,6 +235,7 @@ def rows_config(columns: int, group: int) -> dict[str, int] | None:
     if chunks > most:
         return None
     rows = max(_ROWS_WEIGHTS // chunk, 1) if chunks == 1 else 1
+    held = 8 if not group else 32 if 32 * chunks <= _ROTATED_HELD else 16
     return {"ROWS": rows, "CHUNK": chunk, "CHUNKS": chunks, "GROUP": group, "num_warps": warps_of(rows * chunk, held)}
 
 

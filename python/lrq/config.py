@@ -88,7 +88,7 @@ class Storage:
 class Rounding:
     """How the codes are chosen."""
 
-    simple: bool = _setting(False, "Round to nearest; no learned rounding.")
+    simple: bool = _setting(False, "Round to nearest, with the best scales; no learned rounding.")
     scale_search: bool = _setting(
         True, "Search the best representable block scales of NVFP4 and MXFP8; off: from each block's amax.", on_off=True
     )
@@ -125,11 +125,14 @@ class Selection:
 
     preset: tuple = _setting((), "Presets by name, or as tables read from files; none: recognised.", flag=False)
     exclude_layers: str | None = _setting(
-        None, "Regular expression; layers whose name it finds keep their precision.", metavar="REGEX"
+        None,
+        "Regular expression; layers whose name it finds keep their precision. Given again, it excludes those as well.",
+        metavar="REGEX",
+        alternatives=True,
     )
     fallback: str | None = _setting(
         None,
-        "Format of layers that are excluded, by a preset or --exclude-layers [default: as they are].",
+        "Format of layers that are excluded, by a preset or --exclude_layers [default: as they are].",
         metavar="TYPE",
     )
     custom_layers: str | None = _setting(

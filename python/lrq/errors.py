@@ -1,4 +1,4 @@
-"""The one error a user can cause."""
+"""The one error a user can cause, and words for what is shown."""
 
 
 class InputError(ValueError):
@@ -8,3 +8,8 @@ class InputError(ValueError):
 def printable(name: str) -> str:
     """``name`` with control characters escaped, so that a file's own words can't steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in name)
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -106,7 +106,7 @@ def unpack_mxfp8(packed: Mxfp8Weight, rows: int, columns: int, dtype: torch.dtyp
     return lrq_kernels.dequantize_mxfp8(*packed, rows, columns, dtype)
 
 
-def pack_fp8(w: Tensor, *, scaling: str = "tensor", block: int = 128, scale: Tensor | None = None) -> Fp8Weight:
+def pack_fp8(w: Tensor, *, scaling: str = "tensor", block: int = 64, scale: Tensor | None = None) -> Fp8Weight:
     """Quantize a weight to FP8 E4M3.
 
     Args:
@@ -134,7 +134,7 @@ def unpack_fp8(packed: Fp8Weight, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def pack_int8(
-    w: Tensor, *, scaling: str = "row", block: int = 128, scale: Tensor | None = None, hadamard: int = 0
+    w: Tensor, *, scaling: str = "tensor", block: int = 128, scale: Tensor | None = None, hadamard: int = 0
 ) -> Int8Weight:
     """Quantize a weight to symmetric INT8.
 
@@ -153,7 +153,7 @@ def pack_int8(
     return Int8Weight(*lrq_kernels.quantize_int8(w, scaling, block, scale, hadamard))
 
 
-def unpack_int8(packed: Int8Weight, *, hadamard: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def unpack_int8(packed: Int8Weight, dtype: torch.dtype = torch.float32, *, hadamard: int = 0) -> Tensor:
     """Inverse of :func:`pack_int8`: ``dtype`` [..,N,K].
 
     Equivalent to (row)::

@@ -86,5 +86,5 @@ def _check_values(source: Reader, layer: Layer, w: torch.Tensor) -> None:
         what = f"the value {largest:.3g}, beyond every format" if math.isfinite(largest) else "NaN or Inf"
         raise InputError(
             f"{source.path}: {printable(layer.source.name)} holds {what}; repair the source, or leave the layer "
-            "away with --exclude-layers"
+            "away with --exclude_layers"
         )

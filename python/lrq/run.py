@@ -26,6 +26,9 @@ from lrq.selection.resolve import resolve
 FEW = 3
 """Tensors that are left out for one reason are named one by one up to this number."""
 
+FOREIGN = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth")
+"""Endings of files that are not safetensors: a loader would take the output for what it is not."""
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -70,9 +73,9 @@ def quantize(
     Raises:
         InputError: bad input or settings; the message is one line. No file is left behind.
 
-    Equivalent to::
+    ``quantize("in.safetensors", "out.safetensors", nvfp4=True)`` does what this command does::
 
-        convert_to_quant -i source -o output --nvfp4 --simple
+        convert_to_quant -i in.safetensors -o out.safetensors --nvfp4
     """
     if settings or conversion is None:
         conversion = Conversion.from_settings({**(conversion or Conversion()).settings(), **resolve(settings)})
@@ -84,10 +87,13 @@ def quantize(
         plan = make_plan(reader, conversion)
         target = default_output(reader.path, plan) if output is None else _target_of(output)
         _check_target(target, reader.path)
+        replaces = target.exists()
         on_plan(plan)
         with Writer(target, plan.header, plan.header_bytes) as writer:
             layers = run_plan(reader, plan, writer, conversion, chosen, on_layer)
         said = notices(plan, conversion)
+        if replaces:
+            said.append(f"{printable(str(target))}: replaced the file that was there")
         return Summary(target, layers, plan.kept, plan.refused, said, reader.size, plan.output_size)
 
 
@@ -130,7 +136,8 @@ def notices(plan: Plan, conversion: Conversion) -> list[str]:
 def default_output(source: Path, plan: Plan) -> Path:
     """``<source>-<format>.safetensors`` beside the source; of a mixed file the format that no rule chose."""
     usual = next((layer for layer in plan.layers if not layer.why), plan.layers[0])
-    return source.with_name(f"{source.name.removesuffix('.safetensors')}-{usual.format.name}.safetensors")
+    stem = source.stem if source.suffix in (".safetensors", ".sft") else source.name
+    return source.with_name(f"{stem}-{usual.format.name}.safetensors")
 
 
 def _left_out(plan: Plan) -> list[str]:
@@ -165,6 +172,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device}: no such device; choose auto, cpu, cuda, or cuda:N for GPU N") from None
+    try:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {device}: {str(error).partition(chr(10))[0]}") from None
@@ -178,6 +188,8 @@ def _target_of(output: str | os.PathLike[str]) -> Path:
     name = os.fspath(output)
     if not name:
         raise InputError("--output: the name is empty; name a file")
+    if Path(name).suffix.lower() in FOREIGN:
+        raise InputError(f"{name}: lrq writes safetensors; let the name end in .safetensors")
     if name.endswith(os.sep):
         raise InputError(f"{name}: names a folder; name a file")
     return Path(os.path.realpath(name)) if os.path.islink(name) else Path(name)

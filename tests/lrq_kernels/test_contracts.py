@@ -9,7 +9,7 @@ import torch
 
 import lrq_kernels
 from lrq_kernels import OPERATIONS
-from samples import gaussian
+from samples import gaussian, step_arguments
 
 W = gaussian(40, 64)
 BATCH = gaussian(2, 40, 64)
@@ -27,6 +27,10 @@ def calls() -> dict[str, list[tuple]]:
         found["quantize_fp8"] += [(x,), (x, "tensor", 128, scale), (x, "row"), (x, "block", 8)]
         found["quantize_int8"] += [(x,), (x, "row"), (x, "block", 8), (x, "row", 0, None, 16)]
         found["rotate_hadamard"] += [(x, 4), (x, 64)]
+        found["rounding_step"] += [
+            step_arguments(x),
+            step_arguments(x, "int8", (40, 64), torch.bfloat16, (False, True)),
+        ]
         with lrq_kernels.use_backend("reference"):
             found["dequantize_nvfp4"].append((*lrq_kernels.quantize_nvfp4(x), *shape, torch.bfloat16))
             found["dequantize_mxfp8"].append((*lrq_kernels.quantize_mxfp8(x), *shape))
@@ -43,6 +47,13 @@ def calls() -> dict[str, list[tuple]]:
 
 def bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(-1).view(torch.uint8)
+
+
+def step(position: int, wrong: object) -> object:
+    """A step of rounding with one wrong argument."""
+    arguments = list(step_arguments(W))
+    arguments[position] = wrong
+    return lrq_kernels.rounding_step(*arguments)
 
 
 CASES = [(name, args) for name, several in calls().items() for args in several]
@@ -134,6 +145,11 @@ def test_fullgraph_compile() -> None:
         (lambda: lrq_kernels.rotate_hadamard(W, 256), "columns must be a multiple of the Hadamard group 256, got 64"),
         (lambda: lrq_kernels.pack_fp4(torch.zeros(2, 3, dtype=torch.uint8)), "N must be even, got 3"),
         (lambda: lrq_kernels.unswizzle_scales(torch.zeros(128, 4, dtype=torch.uint8), 129, 4), "take shape .256, 4."),
+        (lambda: step(12, "fp4"), "grid must be one of e2m1, e4m3, int8, got 'fp4'"),
+        (lambda: step(3, 0), "block_rows and block_columns must be positive, got 0 and 16"),
+        (lambda: step(2, torch.ones(40, 3)), r"scale: shape must be \[40, 4\], got \[40, 3\]"),
+        (lambda: step(1, W), "values: dtype must be bfloat16, got torch.float32"),
+        (lambda: step(9, torch.ones((), device="meta")), "share: must be on cpu, is on meta"),
         (lambda: lrq_kernels.dequantize_int8(torch.zeros(4, 4, dtype=torch.int8), torch.ones(4)), "scale: float32 by"),
     ],
 )

@@ -57,6 +57,16 @@ def test_keeps_to_registers(built, name, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", FILES)
+def test_touches_no_memory_before_its_turn(built, name, target):
+    """A kernel may begin before the one before it has ended; it waits for that before it reads or writes."""
+    ptx, _ = built(name, target)
+    for kernel in ptx.split(".entry ")[1:]:
+        before, waits, _ = kernel.partition("griddepcontrol.wait")
+        assert waits and not re.search(r"(ld|st|atom|red)\.global", before), kernel.split("(")[0]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_nvfp4_converts_by_instruction(built, target):
     ptx, _ = built("nvfp4", target)
     assert ("cvt.rn.satfinite.e2m1x2" in ptx) == HAS_CONVERSION[target]

@@ -44,8 +44,8 @@ def test_forcing_ends_with_the_block() -> None:
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(ValueError, match="choose one of cuda, triton, cpu, reference"), lrq_kernels.use_backend("tpu"):
-        pass
+    with pytest.raises(ValueError, match="choose one of cuda, triton, cpu, reference"):
+        lrq_kernels.use_backend("tpu")
     with pytest.raises(ValueError, match="operation 'quantise' does not exist"):
         lrq_kernels.explain("quantise", W)
     with pytest.raises(AttributeError):

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from lrq_kernels import (
+    dequantize_fp8,
+    dequantize_int8,
     dequantize_mxfp8,
+    dequantize_nvfp4,
     explain,
     quantize_fp8,
     quantize_int8,
@@ -74,8 +77,8 @@ def test_follows_the_current_stream(name, coherence):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(3, 2080, 4096), (9000, 4096), (70, 100, 512)])
 @pytest.mark.parametrize("name", ["nvfp4", "fp8", "int8"])
-def test_a_matrix_larger_than_what_stays_on_chip(name, shape, dtype):
-    """Thread blocks that take more than they keep, and more than one matrix."""
+def test_scales_from_the_amax_of_large_matrices(name, shape, dtype):
+    """Matrices that thread blocks share, and more matrices than that."""
     _need_cuda()
     x = gaussian(*shape).to(dtype).cuda() * torch.logspace(-3, 0, shape[-2], device="cuda")[:, None].to(dtype)
     quantize = {"nvfp4": quantize_nvfp4, "fp8": quantize_fp8, "int8": quantize_int8}[name]
@@ -85,6 +88,33 @@ def test_a_matrix_larger_than_what_stays_on_chip(name, shape, dtype):
         for _ in range(3):
             found = quantize(x)
             assert _equal([t.reshape(-1) for t in found], [t.reshape(-1) for t in expected])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scaling", ["tensor", "row"])
+def test_kernels_in_a_row_wait_for_each_other(scaling):
+    """Kernels may begin before the one ends whose results they read."""
+    _need_cuda()
+
+    def rounds(x):
+        for _ in range(12):
+            x = dequantize_int8(*quantize_int8(x, scaling), 0, torch.bfloat16)
+            x = dequantize_fp8(*quantize_fp8(x, scaling), torch.bfloat16)
+            x = dequantize_nvfp4(*quantize_nvfp4(x), *x.shape, torch.bfloat16)
+        return x
+
+    x = gaussian(2048, 2048).bfloat16().cuda()
+    with use_backend("reference"):
+        expected = rounds(x)
+    with use_backend("cuda"):
+        rounds(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = rounds(x)
+    for _ in range(5):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, expected)
 
 
 @pytest.fixture

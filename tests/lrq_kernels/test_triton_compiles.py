@@ -11,7 +11,18 @@ import pytest
 from test_triton import compiled, compiles, resource_usage
 
 COLUMNS = (3072, 5120, 14336)
-TENSORS = ("x", "codes", "out", "packed", "linear", "tiles", "scales")
+STEPS = {
+    "values": "*bf16",
+    "gradient": "*fp32",
+    "row_curvature": "*fp32",
+    "column_curvature": "*fp32",
+    "plain_weight": "*fp32",
+    "share": "*fp32",
+    "out": "*bf16",
+    "errors": "*bf16",
+    "sums": "*fp32",
+}
+TENSORS = ("x", "codes", "out", "packed", "linear", "tiles", "scales", *STEPS)
 MULTIPLES = frozenset((*TENSORS, "batch_stride", "row_stride", "columns", "region_columns"))
 
 
@@ -59,8 +70,18 @@ def others() -> Iterator[tuple[str, str, str, dict[str, str], dict[str, Any]]]:
         yield f"swizzle {forth}", "swizzle", "swizzle_kernel", {"linear": "*i32", "tiles": "*i32"}, config
 
 
+def steps() -> Iterator[tuple[str, str, str, dict[str, str], dict[str, Any]]]:
+    from lrq_kernels.ops.rounding_step import GRIDS, part_shape
+
+    for name, grid in GRIDS.items():
+        rows, columns = part_shape(3072)
+        numbers = {"MANTISSA": grid.mantissa, "LEAST_OCTAVE": grid.least_octave, "LARGEST": grid.largest}
+        config = {"ROWS": rows, "COLUMNS": columns, "num_warps": 8} | numbers
+        yield f"step {name}", "rounding_step", "step_kernel", STEPS | {"key": "i32"}, config
+
+
 def every() -> list[tuple[str, str, str, dict[str, str], dict[str, Any]]]:
-    return [*amax_and_matrices(), *held(), *others()]
+    return [*amax_and_matrices(), *held(), *others(), *steps()]
 
 
 def for_absent(architecture: int, case, dtype: str = "bf16", ones: bool = False):

@@ -35,6 +35,14 @@ MAX_HEADER = 100_000_000
 MAX_DIMENSIONS = 64
 """The limit of torch's operations; it also bounds the digits of a size that a header can claim."""
 
+FOREIGN = {
+    b"PK\x03\x04": "a PyTorch or zip archive; save its tensors as safetensors first",
+    b"\x80\x02": "a Python pickle, which can run code; save its tensors as safetensors first",
+    b"GGUF": "a GGUF file; convert the high-precision safetensors original",
+    b"{": "JSON; of an index of shards, name the shards it lists",
+}
+"""What a file is by its first bytes, if the four after them are not all 0, as they are in a length below 2^32."""
+
 
 class Entry(NamedTuple):
     """One tensor: ``begin`` and ``end`` are bytes from the start of the data."""
@@ -138,6 +146,9 @@ def read_header(file: BinaryIO, path: Path) -> tuple[Header, bytes]:
         raise InputError(f"{path}: the file is empty")
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
+    foreign = next((what for start, what in FOREIGN.items() if prefix.startswith(start) and any(prefix[4:])), None)
+    if foreign is not None:
+        raise InputError(f"{path}: not a safetensors file, but {foreign}")
     if len(prefix) < 8 or length < 2 or length > max(MAX_HEADER, size):
         raise InputError(f"{path}: not a safetensors file (header length {length}, file size {size})")
     if length > MAX_HEADER:

@@ -71,7 +71,12 @@ def main() -> None:
 
 @click.command(cls=DashCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-i", "--input", "source", required=True, metavar="FILE", help="The .safetensors checkpoint to convert.")
-@click.option("-o", "--output", metavar="FILE", help="The file to write [default: <input>-<format>.safetensors].")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="The file to write; replaces one of this name when it is whole [default: <input>-<format>.safetensors].",
+)
 @configuration_options
 @click.option("--plan", "plan_file", metavar="FILE", help="Do what a plan says (lrq plan IN --json > FILE).")
 @click.option(
@@ -150,14 +155,18 @@ main.add_command(convert_to_quant, "convert")
 
 @main.command(cls=DashCommand)
 @click.argument("output", metavar="OUT")
+@click.argument("more", nargs=-1, metavar="")
 @click.option("--source", metavar="IN", help="The checkpoint it was made from: compares and measures.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def verify(output: str, source: str | None, as_json: bool) -> None:
+def verify(output: str, more: tuple[str, ...], source: str | None, as_json: bool) -> None:
     """Check a converted file: names, shapes, markers, padding, finiteness, unchanged tensors, and what error remains.
 
     Exit code 1 if a check fails.
     """
     from lrq.cli import tables
+
+    if more:
+        _fail(f"{more[0]}: verify takes one file; the checkpoint it was made from is --source {more[0]}")
 
     def work() -> bool:
         from lrq.run import verify as verify_file

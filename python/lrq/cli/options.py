@@ -110,6 +110,11 @@ def given_settings(ctx: click.Context, settings: dict[str, Any]) -> dict[str, An
     return {**settings, "preset": (*settings["preset"], *ctx.meta.get(PRESETS, ()))}
 
 
+def _alternatives(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> str | None:
+    """One regular expression that finds what any of the given ones finds."""
+    return "|".join(f"(?:{one})" for one in value) if len(value) > 1 else next(iter(value), None)
+
+
 def _option(setting: dataclasses.Field[Any]) -> Callable[..., Any]:
     meta, default = setting.metadata, setting.default
     flag = f"--{setting.name}"
@@ -122,6 +127,8 @@ def _option(setting: dataclasses.Field[Any]) -> Callable[..., Any]:
             help=meta["meaning"],
             callback=lambda ctx, param, value: value == "on",
         )
+    if meta.get("alternatives"):
+        return click.option(flag, multiple=True, metavar=meta["metavar"], help=meta["meaning"], callback=_alternatives)
     if isinstance(default, bool):
         return click.option(flag, is_flag=True, default=default, help=meta["meaning"])
     kind: Any = str

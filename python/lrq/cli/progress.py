@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from lrq.errors import printable
+from lrq.errors import counted, printable
 from lrq.models.policy import NOT_A_WEIGHT
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Progress:
             self._say(f"notice: {notice}")
         formats = Counter(layer.format for layer in summary.layers)
         kept = Counter(reason for reason in summary.kept.values() if reason != NOT_A_WEIGHT)
-        what = ", ".join(f"{count} layers to {name}" for name, count in formats.items())
+        what = ", ".join(f"{counted(count, 'layer')} to {name}" for name, count in formats.items())
         why = ", ".join(f"{reason} ({count})" for reason, count in kept.most_common())
         self._say(f"{what}; kept as they are: {why}" if why else what)
         saved = f"{sized(summary.source_size)} -> {sized(summary.output_size)}"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lrq.errors import printable
+from lrq.errors import counted, printable
 
 if TYPE_CHECKING:
     from lrq.report.error import LayerError
@@ -70,7 +70,7 @@ def print_verification(result: Verification, path: Path, as_json: bool) -> None:
     if len(result.failures) > _MOST_FAILURES:
         click.echo(f"... and {len(result.failures) - _MOST_FAILURES} more (--json lists all)", err=True)
     if not as_json:
-        failed = f"{len(result.failures)} check{'s' if len(result.failures) > 1 else ''} failed"
+        failed = f"{counted(len(result.failures), 'check')} failed"
         compared = "" if result.total is not None or not result.ok else " (compared with nothing; --source IN measures)"
         click.echo(f"{printable(str(path))}: {'ok' if result.ok else failed}{compared}")
 
@@ -87,20 +87,21 @@ def _print_table(result: Verification) -> None:
         shape = " x ".join(map(str, layer.shape))
         table.add_row(Text(printable(layer.name)), layer.format, shape, *_numbers(layer.error))
     table.add_section()
-    table.add_row(f"{len(result.layers)} layers", "", "", *_numbers(result.total))
+    table.add_row(counted(len(result.layers), "layer"), "", "", *_numbers(result.total))
     dropped = {1, 2} if narrow else set()
     dropped |= set() if measured else set(range(3, 3 + len(_COLUMNS)))
     table.columns = [column for i, column in enumerate(table.columns) if i not in dropped]
     table.columns[0].overflow = "fold"
     terminal.print(table)
     if measured:
-        click.echo(f"{result.unchanged} tensors unchanged")
+        click.echo(f"{counted(result.unchanged, 'tensor')} unchanged")
 
 
 def print_backends(as_json: bool) -> None:
     """The table of ``lrq backends``."""
-    from lrq_kernels.dispatch import BACKENDS, backends
+    from lrq_kernels.dispatch import BACKENDS, backends, forced_backend
 
+    forced_backend()
     found = backends()
     if as_json:
         click.echo(json.dumps(found, indent=2))

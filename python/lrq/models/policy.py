@@ -18,6 +18,7 @@ from lrq.models.preset import GENERIC, Preset, Rule, read_rules
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 SUFFIX = ".weight"
 NOT_A_WEIGHT = "not a matrix of weights"
+UNNAMED_BANK = "bank of experts without .weight in its name: no loader would find its scales"
 OUTSIDE = "outside of the numbered blocks"
 QUANTIZED_SIBLINGS = (".comfy_quant", ".weight_scale", ".scale_weight", ".weight_s_rel")
 """A weight beside one of these is quantized already, whatever its dtype."""
@@ -83,7 +84,8 @@ class Policy:
     def impossible(self, entry: Entry, done: Collection[str]) -> str | None:
         """Why a tensor can't be quantized, whoever asks; None if it can. ``done``: modules quantized already."""
         if len(entry.shape) < 2 or not entry.name.endswith(SUFFIX):
-            return NOT_A_WEIGHT
+            bare_bank = len(entry.shape) == 3 and self.banks.finds(entry.name)
+            return UNNAMED_BANK if bare_bank else NOT_A_WEIGHT
         module = entry.name.removesuffix(SUFFIX)
         if module in done:
             return "quantized already"

@@ -64,6 +64,10 @@ def verify_file(
 ) -> Verification:
     """Check names, shapes, dtypes, markers, padding, finiteness, unchanged tensors; measure what error remains."""
     result = Verification()
+    if source is not None and (other := _other_source(output, source)) is not None:
+        # Every other check would fail as well, and bury the reason.
+        result.failures.append(other)
+        return result
     result.failures += _alignment(output)
     markers, failures = _read_markers(output, source)
     result.failures += failures
@@ -89,7 +93,7 @@ def verify_file(
         result.layers.append(layer)
         on_layer(layer)
     if source is not None:
-        result.failures += _provenance(output, source)
+        result.failures += _kept_metadata(output, source)
         quantized = {layer.name for layer in result.layers} | markers.keys()
         dropped = frozenset(plan.why_dropped) if plan else frozenset()
         result.failures += _compare(output, source, quantized, dropped, result)
@@ -210,16 +214,22 @@ def _as_planned(source: Reader, plan: Plan, markers: comfyui.Markers) -> Iterato
             yield f"layer {printable(name)}: is quantized, though the recorded settings keep it"
 
 
-def _provenance(output: Reader, source: Reader) -> Iterator[str]:
+def _other_source(output: Reader, source: Reader) -> str | None:
+    """What the file says it was made from, if that is not ``source``."""
+    try:
+        made_from = json.loads(output.header.metadata[PROVENANCE])["source"]
+        if made_from["header_sha256"] == source.header_sha256:
+            return None
+        name, size = printable(str(made_from["name"])), int(made_from["size"])
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return None
+    return f"header: made from another source than {source.path}: from {name} of {size} bytes; compare with that one"
+
+
+def _kept_metadata(output: Reader, source: Reader) -> Iterator[str]:
     for key, value in source.header.metadata.items():
         if key not in (comfyui.METADATA, PROVENANCE) and output.header.metadata.get(key) != value:
             yield f"header: the source's metadata {printable(key)} is missing or differs"
-    try:
-        recorded = json.loads(output.header.metadata[PROVENANCE])["source"]["header_sha256"]
-    except (KeyError, ValueError, TypeError, RecursionError):
-        return
-    if recorded != source.header_sha256:
-        yield f"header: the file was made from another source than {source.path}"
 
 
 def _compare(

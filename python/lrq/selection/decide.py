@@ -37,7 +37,7 @@ class Decisions:
 def decide(entries: Mapping[str, Entry], conversion: Conversion, where: str) -> Decisions:
     """Decide on every tensor of a checkpoint; ``where`` names it in errors.
 
-    Above all stand the exact names of ``layers``, then --exclude-layers, --custom-layers and the patterns of
+    Above all stand the exact names of ``layers``, then --exclude_layers, --custom-layers and the patterns of
     --layer-config; then presets, ``_default``, --heur, and last the run's own format.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The user's rules together: exact names, --exclude-layers, --custom-layers and --layer-config."""
+"""The user's rules together: exact names, --exclude_layers, --custom-layers and --layer-config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lrq.selection.expression import Expression
 from lrq.selection.layer_config import LayerRule, Table, read_rules
 from lrq.selection.storage import Choice, SpecError, read_spec, storage_of
 
-EXCLUDED = "excluded by --exclude-layers"
+EXCLUDED = "excluded by --exclude_layers"
 
 
 class UserRules:
@@ -35,7 +35,7 @@ class UserRules:
         self._excluded: Choice | None = None
         if selection.exclude_layers is not None:
             self._excluded = Choice(None, EXCLUDED)
-            self._add("--exclude-layers", selection.exclude_layers, self._excluded)
+            self._add("--exclude_layers", selection.exclude_layers, self._excluded)
         if selection.custom_layers is not None:
             custom = storage_of(str(selection.custom_type), "--custom-type")
             self._add("--custom-layers", selection.custom_layers, Choice(custom, "--custom-layers"))
@@ -77,7 +77,7 @@ class UserRules:
         return winner.choice
 
     def excludes(self, choice: Choice) -> bool:
-        """Whether the choice is that of --exclude-layers."""
+        """Whether the choice is that of --exclude_layers."""
         return choice is self._excluded
 
     def note_impossible(self, entry: Entry, why: str) -> None:

@@ -55,6 +55,10 @@ def test_usage_errors_are_one_line(args):
 
 FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "the file is empty"),
+    "zip": (lambda: b"PK\x03\x04\x00\x00\x08\x08" + bytes(99), "a PyTorch or zip archive"),
+    "pickle": (lambda: b"\x80\x02\x8a\nl\xfc\x9cF" + bytes(999), "a Python pickle, which can run code"),
+    "GGUF": (lambda: b"GGUF\x03\x00\x00\x00" + bytes(99), "a GGUF file"),
+    "index": (lambda: b'{"metadata": {}}', "name the shards it lists"),
     "text": (lambda: b"just some text\n" * 20, "not a safetensors file"),
     "header that lies": (lambda: by_hand({"a.weight": record(shape=[9, 9])}, bytes(64)), "takes 324 bytes"),
     "overlap": (lambda: by_hand({"a": record(), "b": record(offsets=[8, 72])}, bytes(72)), "overlaps"),
@@ -176,8 +180,8 @@ COMBINATIONS = {
     "--seed -1": "--seed: must be at least 0",
     "--exclude-layers (": "not a regular expression",
     "--exclude-layers nowhere": "finds no layer to exclude",
-    "--exclude-layers .": "no layer can be quantized (excluded by --exclude-layers)",
-    "--device nonsense": "--device nonsense",
+    "--exclude-layers .": "no layer can be quantized (excluded by --exclude_layers)",
+    "--device gpu": "--device gpu: no such device; choose auto, cpu, cuda",
     "--device meta": "--device meta: holds no data",
     "--device hpu": "--device hpu",
     "--no-such-flag": "No such option",
@@ -195,6 +199,7 @@ def test_usage_errors_are_one_line_everywhere():
     assert "Missing option" in refused(run("convert", "--int8"))
     assert "Missing argument" in refused(run("verify"))
     assert "No such option" in refused(run("verify", "file", "--no-such-flag"))
+    assert refused(run("verify", "out", "in")).endswith("the checkpoint it was made from is --source in")
 
 
 def test_a_legacy_scaled_fp8_file_is_refused(tmp_path):
@@ -328,7 +333,14 @@ def test_an_expression_too_large_for_a_number_is_one_line(tmp_path, source):
     assert "not a regular expression" in refuse(tmp_path, "-i", source, "--exclude-layers", "a{99999999999}")
 
 
-@pytest.mark.parametrize(("output", "words"), [("new/", "names a folder"), ("", "the name is empty")])
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("new/", "names a folder"),
+        ("", "the name is empty"),
+        ("out.GGUF", "lrq writes safetensors; let the name end in"),
+    ],
+)
 def test_output_that_names_no_file(source, output, words):
     assert words in refuse(source.parent, "-i", source, "-o", output)
 

@@ -107,13 +107,30 @@ def test_the_summary_names_every_layer_whose_shape_does_not_fit(tmp_path):
     refused = re.findall(r"kept as it is  (\S+): (.*)", words)
     rule = "N and K must be multiples of the block 16, got"
     assert refused == [("b.weight", f"{rule} 5 x 16"), ("c.weight", f"{rule} 16 x 20")]
-    assert "1 layers to int8-block" in words
+    assert "1 layer to int8-block" in words
 
 
 def test_the_summary_counts_what_is_kept_and_why(tmp_path, source):
     words = convert(source, tmp_path / "out.safetensors", "--exclude-layers", "mlp").stderr
     assert "2 layers to fp8" in words
-    assert "excluded by --exclude-layers (2)" in words and "embedding (1)" in words and "4-D (2)" in words
+    assert "excluded by --exclude_layers (2)" in words and "embedding (1)" in words and "4-D (2)" in words
+
+
+def test_excluding_twice_excludes_both(tmp_path, source):
+    convert(source, tmp_path / "out", "--exclude-layers", "qkv", "--exclude_layers", LAYERS[-1])
+    assert load(tmp_path / "out").stated.keys() == {name for name in LAYERS[:-1] if "qkv" not in name}
+
+
+def test_a_bank_of_experts_that_no_loader_would_find_is_counted(tmp_path, source):
+    tensors = {**transformer(), "blocks.0.mlp.experts.down_proj": normal(4, 16, 32)}
+    words = convert(save(tmp_path / "moe.safetensors", tensors), tmp_path / "out").stderr
+    assert "bank of experts without .weight in its name: no loader would find its scales (1)" in words
+
+
+def test_a_file_that_is_replaced_is_named(tmp_path, source):
+    target = tmp_path / "out.safetensors"
+    assert "replaced the file" not in convert(source, target).stderr
+    assert f"notice: {target}: replaced the file that was there" in convert(source, target).stderr
 
 
 def test_verbose_says_what_becomes_of_every_tensor(tmp_path, source):
@@ -227,7 +244,8 @@ def test_verify_shows_the_first_failures_and_counts_the_rest(tmp_path, source):
     convert(source, tmp_path / "out.safetensors", "--nvfp4", "--simple")
     many = {f"blocks.{i}.norm.weight": normal(8) for i in range(30)}
     save(tmp_path / "other.safetensors", load(source).tensors | many)
-    result = run("verify", tmp_path / "out.safetensors", "--source", tmp_path / "other.safetensors")
+    unsigned = tampered(tmp_path / "out.safetensors", lambda file: file.metadata.pop("lrq"))
+    result = run("verify", unsigned, "--source", tmp_path / "other.safetensors")
     lines = result.stderr.splitlines()
     assert result.exit_code == 1 and len(lines) == 21
     assert re.fullmatch(r"\.\.\. and \d+ more \(--json lists all\)", lines[-1])

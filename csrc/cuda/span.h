@@ -1,0 +1,86 @@
+// Where the threads of a kernel that quantizes to NVFP4 work.
+#pragma once
+
+#include "../nvfp4.h"
+#include "block16.h"
+#include "vector.h"
+
+namespace lrq::cuda {
+
+constexpr int kSpanThreads = 128;
+// Tiles of scales that the 32 blocks of a warp cover.
+constexpr int kSpanTiles = kWarpSize / nvfp4::kTileColumns;
+
+// Where a thread works in its matrix. A warp takes 32 neighbouring blocks of a row, a thread kRows rows with all of
+// their loads in flight, and the four warps the rows r, r + 32, r + 64 and r + 96: together 16 neighbouring bytes of
+// the swizzled scales. Such parts are numbered from tile row to tile row.
+template <int kRows>
+struct Span {
+    static constexpr uint32_t kShares = 32 / kRows;
+    uint32_t span, share, tile_row, lane, warp, block;
+    int64_t first_row;
+    // Rows of this thread that hold weights, and rows that hold codes.
+    int full, coded;
+
+    __device__ __forceinline__ Span(const nvfp4::Layout& layout, uint32_t spans, uint32_t part) {
+        const uint32_t above = part / spans;
+        span = part - above * spans, share = above % kShares, tile_row = above / kShares;
+        lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+        block = span * kWarpSize + lane;
+        first_row = int64_t{tile_row} * nvfp4::kTileRows + warp * 32 + share * kRows;
+        full = block < layout.blocks ? static_cast<int>(min(layout.x.rows - first_row, int64_t{kRows})) : 0;
+        coded = block < layout.blocks ? static_cast<int>(min(layout.code_rows - first_row, int64_t{kRows})) : 0;
+    }
+
+    // Of the first row, in this thread's block.
+    template <class T>
+    __device__ __forceinline__ const T* weights(const nvfp4::Layout& layout, int64_t matrix) const {
+        return static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride + first_row * layout.x.row_stride +
+               block * nvfp4::kBlock;
+    }
+
+    // `kWhole`: every block starts at a multiple of 16 bytes and lies inside the matrix.
+    template <bool kWhole, class T>
+    __device__ __forceinline__ void load(const nvfp4::Layout& layout, int64_t matrix,
+                                         Block16<T> (&blocks)[kRows]) const {
+        const T* const x =
+            static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride + first_row * layout.x.row_stride;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+            if (i < full) {
+                if constexpr (kWhole)
+                    blocks[i].load(x + i * layout.x.row_stride + block * nvfp4::kBlock);
+                else
+                    blocks[i].load_part(x + i * layout.x.row_stride, int64_t{block} * nvfp4::kBlock, layout.x.columns);
+            }
+    }
+
+    // `quantize(block, scale)` sets the scale and returns the codes.
+    template <class T, class Quantize>
+    __device__ __forceinline__ void store(const nvfp4::Layout& layout, int64_t matrix,
+                                          const Block16<T> (&blocks)[kRows], uint4 (&staged)[kSpanTiles][kRows],
+                                          const Quantize& quantize) const {
+        uint2* codes =
+            reinterpret_cast<uint2*>(layout.codes) + (matrix * layout.code_rows + first_row) * layout.blocks + block;
+        uint8_t* const own = reinterpret_cast<uint8_t*>(&staged[lane / 4][0]) + warp * 4 + lane % 4;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            uint32_t scale = 0;
+            if (i < full)
+                *codes = quantize(blocks[i], scale);
+            else if (i < coded)
+                *codes = make_uint2(0, 0);
+            own[i * sizeof(uint4)] = static_cast<uint8_t>(scale);
+            codes += layout.blocks;
+        }
+        __syncthreads();
+        const int64_t tile = int64_t{span} * kSpanTiles + threadIdx.x / kRows;
+        if (threadIdx.x < kSpanTiles * kRows && tile < layout.column_tiles) {
+            const int64_t place = (matrix * layout.row_tiles + tile_row) * layout.column_tiles + tile;
+            uint4* const target = reinterpret_cast<uint4*>(layout.scales + place * nvfp4::kTile) + share * kRows;
+            target[threadIdx.x % kRows] = staged[threadIdx.x / kRows][threadIdx.x % kRows];
+        }
+    }
+};
+
+}  // namespace lrq::cuda
