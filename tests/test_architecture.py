@@ -14,6 +14,7 @@ FLOORS = {
     "lrq_kernels": 0,
     "lrq.errors": 0,
     "lrq.config": 0,
+    "lrq.execution": 0,
     "lrq.packing": 1,
     "lrq.formats": 1,
     "lrq.rounding": 1,

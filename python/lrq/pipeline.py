@@ -12,9 +12,10 @@ from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.writer import Writer
 from lrq.config import Conversion
 from lrq.dialects import comfyui
-from lrq.errors import InputError, printable
+from lrq.errors import InputError, UnfinishedError, printable
 from lrq.plan import Layer, Plan
 from lrq.rounding.solve import Outcome, layer_seed, quantize_layer
+from lrq_kernels.dispatch import BackendError
 
 LARGEST = 2.0**100
 """A larger weight could leave float32: rounded up to the next value of a grid, or summed over a ConvRot group."""
@@ -42,14 +43,24 @@ def run_plan(
     Raises:
         InputError: a weight that is not finite, a source that changed, no memory, no disk space.
     """
-    places = {entry.name: entry for entry in writer.header.entries}
     for entry in plan.copied:
-        writer.copy(places[entry.name], source.chunks(entry))
+        if entry.name not in writer.finished:
+            begin = 0
+            for chunk in source.chunks(entry):
+                writer.write_at(entry.name, begin, chunk)
+                begin += len(chunk)
     results = []
     for layer in plan.layers:
-        results.append(_run_layer(source, layer, writer, conversion, device))
+        if all(f"{layer.name}.{suffix}" in writer.finished for suffix in _suffixes(layer)):
+            results.append(LayerResult(layer.name, layer.format.name, layer.source.shape, ()))
+        else:
+            results.append(_run_layer(source, layer, writer, conversion, device))
         on_layer(results[-1])
     return results
+
+
+def _suffixes(layer: Layer) -> list[str]:
+    return [*layer.format.layout(layer.source.shape), comfyui.MARKER]
 
 
 def _run_layer(
@@ -63,18 +74,20 @@ def _run_layer(
         seed = layer_seed(conversion.seed, layer.name)
         tensors, outcomes = quantize_layer(layer.format, w, conversion.rounding, seed)
     except torch.OutOfMemoryError:
-        raise InputError(
+        raise UnfinishedError(
             f"layer {printable(layer.name)} {list(layer.source.shape)}: out of memory on {device}; "
             "use --device cpu, or --simple, which needs less"
         ) from None
+    except BackendError as error:
+        raise InputError(str(error)) from None
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"layer {printable(layer.name)}: its singular directions can't be computed ({reason}); use --simple"
         ) from None
-    for suffix, tensor in tensors.items():
-        writer.write(f"{layer.name}.{suffix}", tensor)
-    writer.write(f"{layer.name}.{comfyui.MARKER}", comfyui.marker_tensor(layer.marker))
+    for suffix, tensor in {**tensors, comfyui.MARKER: comfyui.marker_tensor(layer.marker)}.items():
+        if f"{layer.name}.{suffix}" not in writer.finished:
+            writer.write(f"{layer.name}.{suffix}", tensor)
     return LayerResult(layer.name, layer.format.name, layer.source.shape, tuple(outcomes))
 
 

@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 
 import click
 
-from lrq.cli.options import DashCommand, OneLineGroup, configuration_options
+from lrq.cli.options import DashCommand, OneLineGroup, configuration_options, execution_options
 from lrq.errors import InputError, printable
+from lrq.execution import Execution
 from lrq_kernels._version import __version__
 
 BAD_INPUT = 2
@@ -45,8 +46,8 @@ def _guarded(work: Callable[[], Any]) -> Any:
         return work()
     except InputError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        _fail(f"interrupted; {stop.args[0] if stop.args else 'nothing was written'}", INTERRUPTED)
     except BrokenPipeError:
         raise SystemExit(1) from None
     except MemoryError:
@@ -70,43 +71,46 @@ def main() -> None:
 
 
 @click.command(cls=DashCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("-i", "--input", "source", required=True, metavar="FILE", help="The .safetensors checkpoint to convert.")
+@click.option(
+    "-i",
+    "--input",
+    "sources",
+    required=True,
+    multiple=True,
+    metavar="FILE",
+    help="The checkpoint: .safetensors, index.json, folder or glob; may be given many times.",
+)
 @click.option(
     "-o",
     "--output",
     metavar="FILE",
-    help="The file to write; replaces one of this name when it is whole [default: <input>-<format>.safetensors].",
+    help="The file to write; replaces one of this name when it is whole [default: <input>-<format>.safetensors]; a "
+    "folder, if there are many inputs.",
 )
 @configuration_options
+@execution_options
 @click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu, cuda, cuda:1, ...")
 @click.option("--verbose", is_flag=True, help="Say of every tensor what becomes of it, and why.")
 @click.version_option(__version__, prog_name="lrq")
-def convert_to_quant(source: str, output: str | None, device: str, verbose: bool, **settings: Any) -> None:
+def convert_to_quant(sources: tuple[str, ...], output: str | None, device: str, verbose: bool, **settings: Any) -> None:
     """Convert a checkpoint: linear layers to a low-precision format, the rest bit for bit.
 
     \b
     Example:
       convert_to_quant -i model.safetensors --nvfp4 --comfy_quant
     """
-    from lrq.cli.progress import Progress
     from lrq.config import Conversion
 
-    def work() -> None:
+    def work() -> int:
+        execution = Execution.from_settings(settings)
         conversion = Conversion.from_settings(settings)
-        from lrq.run import quantize
+        from lrq.cli.batch import convert_all
 
-        with Progress(verbose) as progress:
-            summary = quantize(
-                source,
-                output,
-                conversion=conversion,
-                device=device,
-                on_plan=progress.on_plan,
-                on_layer=progress.on_layer,
-            )
-        progress.summarise(summary)
+        return convert_all(sources, output, conversion, execution, device, verbose)
 
-    _guarded(work)
+    failed = _guarded(work)
+    if failed:
+        raise SystemExit(BAD_INPUT)
 
 
 main.add_command(convert_to_quant, "convert")
