@@ -20,6 +20,7 @@ FLOORS = {
     "lrq.rounding": 1,
     "lrq.plan": 2,
     "lrq.pipeline": 2,
+    "lrq.staging": 2,
     "lrq.checkpoint": 2,
     "lrq.dialects": 2,
     "lrq.models": 2,

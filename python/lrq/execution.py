@@ -23,6 +23,13 @@ def _setting(default: Any, meaning: str, **metadata: Any) -> Any:
 class Execution:
     """Memory, shards, and what becomes of an unfinished run."""
 
+    low_memory: bool = _setting(False, "One layer in memory at a time: nothing is read ahead or written behind.")
+    max_ram: str | None = _setting(
+        None, "Memory of the process at most, 4GB or 800MiB; layers are cut into tiles to fit.", metavar="SIZE"
+    )
+    max_vram: str | None = _setting(
+        None, "Memory of the GPU at most; auto: what is free. Layers are cut into tiles to fit.", metavar="SIZE"
+    )
     shard_size: str | None = _setting(
         None, "Write files of at most this size, and an index: 5GB, 500MiB.", metavar="SIZE"
     )
@@ -45,9 +52,19 @@ class Execution:
         execution.check()
         return execution
 
+    @property
+    def ram_bytes(self) -> int | None:
+        """The bound of the process's memory in bytes."""
+        return None if self.max_ram is None else parse_size("--max_ram", self.max_ram)
+
+    @property
+    def vram_bytes(self) -> int | None:
+        """The bound of the GPU's memory in bytes; None: as the GPU says, or none."""
+        return None if self.max_vram in (None, "auto") else parse_size("--max_vram", str(self.max_vram))
+
     def check(self) -> None:
         """Raise :class:`InputError` for sizes that are none."""
-        _ = self.shard_bytes
+        _ = self.shard_bytes, self.ram_bytes, self.vram_bytes
 
 
 def parse_size(flag: str, text: str) -> int:

@@ -22,10 +22,21 @@ from lrq.formats import STOCK
 from lrq.pipeline import LayerResult, OnLayer, run_plan
 from lrq.plan import Plan, make_plan
 from lrq.report.verification import LayerReport, Verification, verify_file
+from lrq.staging.memory import MemoryPlan, peak, plan_memory
 from lrq_kernels._version import __version__
 
 FOREIGN = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth")
 """Endings of files that are not safetensors: a loader would take the output for what it is not."""
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Peak memory in bytes, as predicted and as measured; of the GPU 0 if there is none."""
+
+    predicted: int
+    measured: int
+    predicted_vram: int
+    measured_vram: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Summary:
     """One line each on what a user should know."""
     source_size: int
     output_size: int
+    memory: MemoryUse
 
 
 def quantize(
@@ -84,6 +96,8 @@ def quantize(
     conversion = Conversion.from_settings({**(conversion or Conversion()).settings(), **settings})
     conversion.check()
     chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(chosen)
     execution = execution or Execution()
     execution.check()
     with Reader(source) as reader:
@@ -92,12 +106,14 @@ def quantize(
         layout = _layout(default_output(stem, plan) if output is None else _target_of(output), plan, execution)
         _check_target(layout, reader)
         replaces = layout.target.exists()
+        memory = plan_memory(plan.layers, conversion.rounding, chosen, execution)
         on_plan(plan)
-        layers = _write(reader, plan, layout, conversion, chosen, on_layer, execution)
+        layers = _write(reader, plan, layout, conversion, chosen, on_layer, execution, memory)
         said = notices(plan, conversion)
         if replaces:
             said.append(f"{printable(str(layout.target))}: replaced the file that was there")
-        return Summary(layout.target, layers, plan.kept, plan.refused, said, reader.size, layout.size)
+        used = MemoryUse(memory.host, peak(), memory.vram, _peak_vram(chosen))
+        return Summary(layout.target, layers, plan.kept, plan.refused, said, reader.size, layout.size, used)
 
 
 def _layout(path: Path, plan: Plan, execution: Execution) -> Layout:
@@ -120,12 +136,13 @@ def _write(
     device: torch.device,
     on_layer: OnLayer,
     execution: Execution,
+    memory: MemoryPlan,
 ) -> list[LayerResult]:
     """The work; what stops it says what remains of it."""
     writer = Writer(layout, _fingerprint(reader, layout, conversion, device), execution.restart)
     try:
         with writer:
-            return run_plan(reader, plan, writer, conversion, device, on_layer)
+            return run_plan(reader, plan, writer, conversion, device, on_layer, memory)
     except UnfinishedError as error:
         raise UnfinishedError(f"{error}; {writer.kept()}") from None
     except KeyboardInterrupt:
@@ -139,6 +156,10 @@ def _fingerprint(reader: Reader, layout: Layout, conversion: Conversion, device:
     where = {} if conversion.rounding.simple else {"--device": device.type}
     version = {"lrq's version": __version__}
     return {**version, **reader.fingerprint, **settings, **where, "the output's header": layout.digest}
+
+
+def _peak_vram(device: torch.device) -> int:
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
 def notices(plan: Plan, conversion: Conversion) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from click.testing import Result
 
 import lrq
+import lrq.pipeline
 import lrq_kernels
 from checkpoints import by_hand, convert, load, normal, record, run, save, transformer
 from lrq.errors import InputError
@@ -275,7 +276,10 @@ def test_signals_leave_a_run_that_goes_on(tmp_path):
 
 def test_handlers_of_signals_are_put_back_and_nohup_is_heeded(tmp_path, source, monkeypatch):
     during = []
-    monkeypatch.setattr("lrq.pipeline._check_values", lambda *_: during.append(signal.getsignal(signal.SIGHUP)))
+    real = lrq.pipeline.quantize_layer
+    monkeypatch.setattr(
+        "lrq.pipeline.quantize_layer", lambda *a: (during.append(signal.getsignal(signal.SIGHUP)), real(*a))[1]
+    )
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
