@@ -22,7 +22,7 @@ def write_flux_like(path: Path, blocks: int) -> Path:
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     parts: list[torch.Tensor] = []
     generator = torch.Generator().manual_seed(0)
-    for name, (rows, columns) in LINEARS.items():
+    for rows, columns in LINEARS.values():
         parts.append(torch.randn(rows, columns, generator=generator).mul_(0.02).bfloat16())
         parts.append(torch.zeros(rows, dtype=torch.bfloat16))
     offset = 0

@@ -206,7 +206,7 @@ class _Named:
         name = f"layer {printable(self._tile.layer.name)}"
         if isinstance(error, torch.OutOfMemoryError):
             need = f"it needs about {self._tile.held() / 1e6:.0f} MB and what its rounding takes"
-            remedy = "--max-vram auto cuts it into tiles, --device cpu and --simple need less"
+            remedy = "--max_vram auto cuts it into tiles, --device cpu and --simple need less"
             where = f"{name} {list(self._tile.layer.source.shape)}: out of memory on {self._device}"
             raise UnfinishedError(f"{where}; {need}; {remedy}") from None
         if isinstance(error, BackendError):

@@ -23,7 +23,7 @@ CPU_TILE = 1 << 25
 GPU_FLIGHTS, CPU_FLIGHTS = 3, 2
 """Layers that are read, computed and written at a time."""
 SPARE = 0.9
-"""Share of the free memory of a GPU that ``--max-vram auto`` takes."""
+"""Share of the free memory of a GPU that ``--max_vram auto`` takes."""
 _MOST_THREADS = 8
 
 
@@ -56,9 +56,9 @@ def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.devic
     threads = 0 if execution.low_memory else min(_MOST_THREADS, max(2, os.cpu_count() or 1))
     buffers = PIECE * max(1, 2 * threads) if on_gpu else PIECE * max(1, threads)
     base = resident()
-    room = _room(execution.ram_bytes, "--max-ram", base + buffers)
+    room = _room(execution.ram_bytes, "--max_ram", base + buffers)
     vram = _vram_limit(device, execution)
-    limit, flag = (vram, "--max-vram") if on_gpu else (room, "--max-ram")
+    limit, flag = (vram, "--max_vram") if on_gpu else (room, "--max_ram")
     tiles = {layer.name: _tiles(layer, rounding, limit, flag, on_gpu) for layer in layers}
     flat = [tile for some in tiles.values() for tile in some]
     largest = max((tile.held() for tile in flat), default=0)
