@@ -16,15 +16,14 @@ from lrq.checkpoint.reader import TORCH_DTYPES, Reader
 from lrq.checkpoint.writer import Writer
 from lrq.config import Conversion
 from lrq.dialects import comfyui
-from lrq.errors import InputError, UnfinishedError, printable
+from lrq.errors import InputError, printable
 from lrq.formats import Tensors
 from lrq.plan import Layer, Plan
 from lrq.rounding.solve import Outcome, layer_seed, quantize_layer
 from lrq.staging.conveyor import Conveyor, Load, Step
 from lrq.staging.memory import MemoryPlan
+from lrq.staging.naming import naming
 from lrq.staging.places import place_on
-from lrq.staging.tiles import Tile
-from lrq_kernels.dispatch import BackendError
 
 LARGEST = 2.0**100
 """A larger weight could leave float32: rounded up to the next value of a grid, or summed over a ConvRot group."""
@@ -134,17 +133,28 @@ def _run_layer(
             conveyor.release(load)
         scale = quantizer.scale_of(layer, largest)
     outcomes: list[Outcome] = []
-    for tile in tiles:
-        load = next(loads)
-        tensors, found = quantizer.quantize(load, scale)
-        outcomes += found
-        parts = {f"{layer.name}.{suffix}": (begin, tensors[suffix]) for suffix, begin in tile.places().items()}
-        if not tile.begin:
-            parts[f"{layer.name}.{comfyui.MARKER}"] = (0, comfyui.marker_tensor(layer.marker))
-        parts = {name: part for name, part in parts.items() if name not in writer.finished}
-        underway.writes += conveyor.write(load, parts)
+    for _ in tiles:
+        outcomes += _run_tile(quantizer, next(loads), scale, conveyor, writer, underway.writes)
     result = underway.result
     underway.result = LayerResult(result.name, result.format, result.shape, tuple(outcomes))
+
+
+def _run_tile(
+    quantizer: _Quantizer,
+    load: Load,
+    scale: Tensor | None,
+    conveyor: Conveyor,
+    writer: Writer,
+    writes: list[Future[None]],
+) -> list[Outcome]:
+    """A function of its own: what it computed must not be held while the next tile is waited for."""
+    tile, layer = load.tile, load.tile.layer
+    tensors, outcomes = quantizer.quantize(load, scale)
+    parts = {f"{layer.name}.{suffix}": (begin, tensors[suffix]) for suffix, begin in tile.places().items()}
+    if not tile.begin:
+        parts[f"{layer.name}.{comfyui.MARKER}"] = (0, comfyui.marker_tensor(layer.marker))
+    writes += conveyor.write(load, {name: part for name, part in parts.items() if name not in writer.finished})
+    return outcomes
 
 
 class _Quantizer:
@@ -155,7 +165,7 @@ class _Quantizer:
 
     def largest(self, load: Load) -> float:
         """The largest magnitude of a tile."""
-        with _Named(load.tile, self._device):
+        with naming(load.tile):
             return self._checked(load)[1]
 
     def scale_of(self, layer: Layer, largest: float) -> Tensor:
@@ -168,7 +178,7 @@ class _Quantizer:
     def quantize(self, load: Load, scale: Tensor | None) -> tuple[Tensors, list[Outcome]]:
         """Stored tensors of a tile; ``scale`` is that of the matrix, if the tile is not all of it."""
         layer, rounding = load.tile.layer, self._conversion.rounding
-        with _Named(load.tile, self._device):
+        with naming(load.tile):
             w, _ = self._checked(load)
             if scale is not None:
                 coherence = rounding.coherence if rounding.scale_search else None
@@ -191,26 +201,3 @@ class _Quantizer:
                 "away with --exclude_layers"
             )
         return w, largest
-
-
-class _Named:
-    """Says which layer it was."""
-
-    def __init__(self, tile: Tile, device: torch.device) -> None:
-        self._tile, self._device = tile, device
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        name = f"layer {printable(self._tile.layer.name)}"
-        if isinstance(error, torch.OutOfMemoryError):
-            need = f"it needs about {self._tile.held() / 1e6:.0f} MB and what its rounding takes"
-            remedy = "--max_vram auto cuts it into tiles, --device cpu and --simple need less"
-            where = f"{name} {list(self._tile.layer.source.shape)}: out of memory on {self._device}"
-            raise UnfinishedError(f"{where}; {need}; {remedy}") from None
-        if isinstance(error, BackendError):
-            raise InputError(str(error)) from None
-        if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"{name}: its singular directions can't be computed ({reason}); use --simple") from None

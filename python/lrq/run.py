@@ -22,7 +22,8 @@ from lrq.formats import STOCK
 from lrq.pipeline import LayerResult, OnLayer, run_plan
 from lrq.plan import Plan, make_plan
 from lrq.report.verification import LayerReport, Verification, verify_file
-from lrq.staging.memory import MemoryPlan, peak, plan_memory
+from lrq.staging.memory import MemoryPlan, plan_memory
+from lrq.staging.process import peak
 from lrq_kernels._version import __version__
 
 FOREIGN = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth")

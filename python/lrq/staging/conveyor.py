@@ -17,6 +17,7 @@ from lrq.checkpoint.header import Entry
 from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.writer import Writer
 from lrq.staging.memory import PIECE, Budget, MemoryPlan, StoppedError
+from lrq.staging.naming import naming
 from lrq.staging.places import Place
 from lrq.staging.tiles import Tile
 
@@ -32,6 +33,8 @@ class Load:
     purpose: str
     memory: Tensor
     parts: list[Future[None]] = field(default_factory=list)
+    stored: list[Tensor] = field(default_factory=list)
+    """Bytes of what was computed, until they are written."""
     unwritten: int = 0
 
 
@@ -90,7 +93,8 @@ class Conveyor:
     def _load(self, tile: Tile, purpose: str) -> Load:
         self._budget.take(tile.held())
         first, size = tile.source_range
-        load = Load(tile, purpose, self._place.take(size))
+        with naming(tile):
+            load = Load(tile, purpose, self._place.take(size))
         for begin in range(0, size, PIECE):
             part = load.memory[begin : begin + min(PIECE, size - begin)]
             # What is read once more is not forgotten.
@@ -121,21 +125,23 @@ class Conveyor:
         parts = []
         for name, (first, tensor) in tensors.items():
             data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            load.stored.append(data)
             for begin in range(0, data.numel(), PIECE):
-                parts.append((data[begin : begin + PIECE], self._drain(name, first + begin), tensor.device))
+                parts.append((len(load.stored) - 1, begin, self._drain(name, first + begin)))
         load.unwritten = len(parts)
         if not parts:
             self.release(load)
         found: list[Future[None]] = []
-        for part, drain, device in parts:
-            found += self._submit("_writers", self._write_part, load, part, mark, drain, device.type == "cpu")
+        for number, begin, drain in parts:
+            found += self._submit("_writers", self._write_part, load, number, begin, mark, drain)
         self._begun += found
         return found
 
     def _write_part(
-        self, load: Load, part: Tensor, mark: object, drain: Callable[[memoryview], None], on_host: bool
+        self, load: Load, number: int, begin: int, mark: object, drain: Callable[[memoryview], None]
     ) -> None:
-        if on_host:
+        part = load.stored[number][begin : begin + PIECE]
+        if part.device.type == "cpu":
             drain(part.numpy().data)
         else:
             self._place.store(part, mark, drain)
@@ -143,10 +149,13 @@ class Conveyor:
             load.unwritten -= 1
             last = not load.unwritten
         if last:
+            # Nothing may hold what was computed when its memory counts as free.
+            del part
             self.release(load)
 
     def release(self, load: Load) -> None:
         """The tile's memory is needed no more."""
+        load.stored = []
         self._place.give(load.memory)
         load.memory = torch.empty(0)
         self._budget.give(load.tile.held())

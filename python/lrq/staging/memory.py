@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from lrq.config import Rounding
 from lrq.errors import InputError, printable
 from lrq.execution import Execution
 from lrq.plan import Layer
+from lrq.staging.process import peak, resident, warm_up
 from lrq.staging.tiles import Tile, cut, smallest, whole
 
 PIECE = 1 << 23
@@ -25,6 +25,8 @@ GPU_FLIGHTS, CPU_FLIGHTS = 3, 2
 SPARE = 0.9
 """Share of the free memory of a GPU that ``--max_vram auto`` takes."""
 _MOST_THREADS = 8
+SLACK = 1 << 23
+"""Bytes for what threads, the journal and the C library take while a run goes on."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.devic
     on_gpu = device.type == "cuda"
     threads = 0 if execution.low_memory else min(_MOST_THREADS, max(2, os.cpu_count() or 1))
     buffers = PIECE * max(1, 2 * threads) if on_gpu else PIECE * max(1, threads)
-    base = resident()
+    warm_up([whole(layer) for layer in layers], rounding, device)
+    base = resident() + SLACK
     room = _room(execution.ram_bytes, "--max_ram", base + buffers)
     vram = _vram_limit(device, execution)
     limit, flag = (vram, "--max_vram") if on_gpu else (room, "--max_ram")
@@ -107,25 +110,6 @@ def _vram_limit(device: torch.device, execution: Execution) -> int | None:
     if execution.vram_bytes is not None:
         return execution.vram_bytes
     return int(SPARE * torch.cuda.mem_get_info(device)[0])
-
-
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return peak()
-
-
-def peak() -> int:
-    """The most bytes of this process in memory so far; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 class StoppedError(Exception):

@@ -65,12 +65,10 @@ class Host:
 
     def take(self, size: int) -> Tensor:
         with self._lock:
-            fitting = [memory for memory in self._free if size <= memory.numel() <= 2 * size]
-            if fitting:
-                best = min(fitting, key=Tensor.numel)
-                self._free = [memory for memory in self._free if memory is not best]
-                return best
-            # Those that fit nothing now would be memory beyond what was predicted.
+            for number, memory in enumerate(self._free):
+                if memory.numel() == size:
+                    return self._free.pop(number)
+            # What fits nothing now would be memory beyond what was predicted.
             self._free = []
         return torch.empty(size, dtype=torch.uint8)
 
