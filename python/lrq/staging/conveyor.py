@@ -138,7 +138,7 @@ class Conveyor:
         return found
 
     def _write_part(
-        self, load: Load, number: int, begin: int, mark: object, drain: Callable[[memoryview], None]
+        self, load: Load, number: int, begin: int, mark: torch.cuda.Event | None, drain: Callable[[memoryview], None]
     ) -> None:
         part = load.stored[number][begin : begin + PIECE]
         if part.device.type == "cpu":
@@ -203,3 +203,4 @@ class Conveyor:
         if self._threaded:
             self._readers.shutdown(cancel_futures=kind is not None)
             self._writers.shutdown(cancel_futures=kind is not None)
+        self._place.close()

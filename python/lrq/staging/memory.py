@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ GPU_FLIGHTS, CPU_FLIGHTS = 3, 2
 SPARE = 0.9
 """Share of the free memory of a GPU that ``--max_vram auto`` takes."""
 _MOST_THREADS = 8
+VRAM_SLACK = 1 << 26
+"""Bytes by which torch's allocator rounds up, and libraries' workspaces."""
 SLACK = 1 << 23
 """Bytes for what threads, the journal and the C library take while a run goes on."""
 
@@ -58,11 +61,12 @@ def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.devic
     threads = 0 if execution.low_memory else min(_MOST_THREADS, max(2, os.cpu_count() or 1))
     buffers = PIECE * max(1, 2 * threads) if on_gpu else PIECE * max(1, threads)
     warm_up([whole(layer) for layer in layers], rounding, device)
-    base = resident() + SLACK
-    room = _room(execution.ram_bytes, "--max_ram", base + buffers)
-    vram = _vram_limit(device, execution)
-    limit, flag = (vram, "--max_vram") if on_gpu else (room, "--max_ram")
-    tiles = {layer.name: _tiles(layer, rounding, limit, flag, on_gpu) for layer in layers}
+    base = resident() + SLACK + buffers
+    room = _room(device, execution, 0 if on_gpu else base)
+    if room is not None:
+        _check_fits(layers, rounding, room)
+    limit = None if room is None else room.left
+    tiles = {layer.name: _tiles(layer, rounding, limit, on_gpu) for layer in layers}
     flat = [tile for some in tiles.values() for tile in some]
     largest = max((tile.held() for tile in flat), default=0)
     work = max((tile.work(rounding) for tile in flat), default=0)
@@ -71,45 +75,57 @@ def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.devic
     if limit is not None:
         held = min(held, max(limit - work, 0))
     device_bytes = max(held, largest) + work
-    host = base + buffers + (0 if on_gpu else device_bytes)
-    return MemoryPlan(tiles, held, work, threads, max(host, peak()), device_bytes if on_gpu else 0, vram)
+    host = max(base + (0 if on_gpu else device_bytes), peak())
+    if not on_gpu:
+        return MemoryPlan(tiles, held, work, threads, host, 0)
+    return MemoryPlan(tiles, held, work, threads, host, device_bytes + VRAM_SLACK, room.limit if room else None)
 
 
-def _tiles(layer: Layer, rounding: Rounding, limit: int | None, flag: str, on_gpu: bool) -> tuple[Tile, ...]:
+@dataclass(frozen=True)
+class _Room:
+    """A bound that the user set, and what of it is left for layers."""
+
+    flag: str
+    limit: int
+    left: int
+
+
+def _room(device: torch.device, execution: Execution, base: int) -> _Room | None:
+    """Of the memory where layers are computed; None without a bound."""
+    if device.type == "cuda":
+        limit = execution.vram_bytes
+        if execution.max_vram == "auto":
+            limit = int(SPARE * torch.cuda.mem_get_info(device)[0])
+        return None if limit is None else _Room("--max_vram", limit, limit - VRAM_SLACK)
+    limit = execution.ram_bytes
+    return None if limit is None else _Room("--max_ram", limit, limit - base)
+
+
+def _check_fits(layers: Sequence[Layer], rounding: Rounding, room: _Room) -> None:
+    least = max((smallest(layer, rounding) for layer in layers), key=lambda tile: tile.need(rounding), default=None)
+    if least is None or least.need(rounding) <= room.left:
+        return
+    need, layer = least.need(rounding), least.layer
+    raise InputError(
+        f"layer {printable(layer.name)} {list(layer.source.shape)}: needs {_sized(need)}"
+        f"{'' if least.is_whole else ', even in tiles'}, {room.flag} leaves {_sized(max(room.left, 0))}; "
+        f"raise it to {_sized(room.limit - room.left + need)}"
+        f"{'' if rounding.simple else ', or add --simple, which needs less'}"
+    )
+
+
+def _tiles(layer: Layer, rounding: Rounding, limit: int | None, on_gpu: bool) -> tuple[Tile, ...]:
     one = whole(layer)
-    need = one.held() + one.work(rounding)
-    least = smallest(layer, rounding)
     independent = layer.format.matrix_scale is None or len(layer.source.shape) == 3
-    wanted = need if on_gpu or not independent else CPU_TILE
+    wanted = one.need(rounding) if on_gpu or not independent else CPU_TILE
     if limit is not None:
-        least_need = least.held() + least.work(rounding)
-        if least_need > limit:
-            how = "" if least.is_whole else ", even in tiles"
-            remedy = "" if rounding.simple else ", or add --simple, which needs less"
-            raise InputError(
-                f"layer {printable(layer.name)} {list(layer.source.shape)}: needs {_sized(least_need)}{how}, {flag} "
-                f"leaves {_sized(limit)}; raise it{remedy}"
-            )
         wanted = min(wanted, limit // 2 if independent else limit)
-    return (one,) if need <= wanted else tuple(cut(layer, rounding, wanted))
+    return (one,) if one.need(rounding) <= wanted else tuple(cut(layer, rounding, wanted))
 
 
 def _sized(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
-
-
-def _room(limit: int | None, flag: str, base: int) -> int | None:
-    if limit is not None and limit <= base:
-        raise InputError(f"{flag}: must be over {_sized(base)}, which the process takes without any layer")
-    return None if limit is None else limit - base
-
-
-def _vram_limit(device: torch.device, execution: Execution) -> int | None:
-    if execution.max_vram is None or device.type != "cuda":
-        return None
-    if execution.vram_bytes is not None:
-        return execution.vram_bytes
-    return int(SPARE * torch.cuda.mem_get_info(device)[0])
+    # Up, so that what is advised is enough.
+    return f"{math.ceil(count / 1e5) / 10:.1f} MB"
 
 
 class StoppedError(Exception):

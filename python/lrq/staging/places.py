@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,28 +16,6 @@ Drain = Callable[[memoryview], None]
 """Writes bytes from memory of the host."""
 
 
-class Place(Protocol):
-    """Memory in which layers are computed. All but :meth:`mark` is called from many threads."""
-
-    def take(self, size: int) -> Tensor:
-        """Memory for so many bytes, uint8."""
-
-    def give(self, memory: Tensor) -> None:
-        """Memory that is not needed any more, and that no computation still reads."""
-
-    def load(self, part: Tensor, fill: Fill) -> None:
-        """Fill memory of at most :data:`PIECE` bytes; it is there when this returns."""
-
-    def mark(self) -> object:
-        """A point in the computation that :meth:`store` waits for."""
-
-    def store(self, part: Tensor, mark: object, drain: Drain) -> None:
-        """Hand over bytes, at most :data:`PIECE`, of what was computed before the mark."""
-
-    def through(self, size: int, fill: Fill, drain: Drain) -> None:
-        """Move bytes, at most :data:`PIECE`, that are not computed with."""
-
-
 class Buffers(threading.local):
     """One piece of host memory for every thread, made when it is first used."""
 
@@ -48,20 +25,61 @@ class Buffers(threading.local):
         self._memory: Tensor | None = None
         self.event: torch.cuda.Event | None = None
 
-    def memory(self) -> Tensor:
-        """uint8 [PIECE]."""
+    def memory(self, size: int) -> Tensor:
+        """uint8 [size], at most :data:`PIECE`."""
         if self._memory is None:
             self._memory = torch.empty(PIECE, dtype=torch.uint8, pin_memory=self._pinned)
-        return self._memory
+        return self._memory[:size]
 
 
-class Host:
+class Place:
+    """Memory in which layers are computed: any device of torch, with copies that wait.
+
+    All but :meth:`mark` is called from many threads.
+    """
+
+    def __init__(self, device: torch.device, pinned: bool = False) -> None:
+        self._device = device
+        self._buffers = Buffers(pinned)
+
+    def take(self, size: int) -> Tensor:
+        """Memory for so many bytes, uint8."""
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def give(self, memory: Tensor) -> None:
+        """Memory that is not needed any more, and that no computation still reads."""
+
+    def load(self, part: Tensor, fill: Fill) -> None:
+        """Fill memory of at most :data:`PIECE` bytes; it is there when this returns."""
+        host = self._buffers.memory(part.numel())
+        fill(host.numpy().data)
+        part.copy_(host)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """A point in the computation that :meth:`store` waits for."""
+        return None
+
+    def store(self, part: Tensor, mark: torch.cuda.Event | None, drain: Drain) -> None:
+        """Hand over bytes, at most :data:`PIECE`, of what was computed before the mark."""
+        drain(part.cpu().numpy().data)
+
+    def through(self, size: int, fill: Fill, drain: Drain) -> None:
+        """Move bytes, at most :data:`PIECE`, that are not computed with."""
+        view = self._buffers.memory(size).numpy().data
+        fill(view)
+        drain(view)
+
+    def close(self) -> None:
+        """Nothing moves any more."""
+
+
+class Host(Place):
     """The CPU: what is read is computed where it lies, and written from there."""
 
     def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
         self._free: list[Tensor] = []
         self._lock = threading.Lock()
-        self._buffers = Buffers(pinned=False)
 
     def take(self, size: int) -> Tensor:
         with self._lock:
@@ -70,7 +88,7 @@ class Host:
                     return self._free.pop(number)
             # What fits nothing now would be memory beyond what was predicted.
             self._free = []
-        return torch.empty(size, dtype=torch.uint8)
+        return super().take(size)
 
     def give(self, memory: Tensor) -> None:
         with self._lock:
@@ -79,19 +97,8 @@ class Host:
     def load(self, part: Tensor, fill: Fill) -> None:
         fill(part.numpy().data)
 
-    def mark(self) -> object:
-        return None
 
-    def store(self, part: Tensor, mark: object, drain: Drain) -> None:
-        drain(part.numpy().data)
-
-    def through(self, size: int, fill: Fill, drain: Drain) -> None:
-        view = self._buffers.memory()[:size].numpy().data
-        fill(view)
-        drain(view)
-
-
-class Cuda:
+class Cuda(Place):
     """A GPU: every thread has its own piece of pinned memory, so that reading, copying and writing overlap.
 
     The copies have streams of their own, up and down. A thread waits for its copy before it uses its memory again; what
@@ -100,44 +107,41 @@ class Cuda:
     """
 
     def __init__(self, device: torch.device, limit: int | None) -> None:
-        self._device = device
+        super().__init__(device, pinned=True)
         self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._buffers = Buffers(pinned=True)
+        self._limited = limit is not None
         if limit is not None:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
     def take(self, size: int) -> Tensor:
         with torch.cuda.stream(self._up):
-            return torch.empty(size, dtype=torch.uint8, device=self._device)
-
-    def give(self, memory: Tensor) -> None:
-        """The allocator has it back when the last reference ends."""
+            return super().take(size)
 
     def load(self, part: Tensor, fill: Fill) -> None:
-        pinned = self._buffers.memory()[: part.numel()]
-        fill(pinned.numpy().data)
         with torch.cuda.stream(self._up):
+            pinned = self._buffers.memory(part.numel())
+            fill(pinned.numpy().data)
             part.copy_(pinned, non_blocking=True)
             self._wait(self._up)
 
-    def mark(self) -> object:
+    def mark(self) -> torch.cuda.Event | None:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def store(self, part: Tensor, mark: object, drain: Drain) -> None:
-        pinned = self._buffers.memory()[: part.numel()]
+    def store(self, part: Tensor, mark: torch.cuda.Event | None, drain: Drain) -> None:
         with torch.cuda.stream(self._down):
-            self._down.wait_event(mark)  # type: ignore[arg-type]
+            pinned = self._buffers.memory(part.numel())
+            if mark is not None:
+                self._down.wait_event(mark)
             pinned.copy_(part, non_blocking=True)
             self._wait(self._down)
-        drain(pinned.numpy().data)
+            drain(pinned.numpy().data)
 
-    def through(self, size: int, fill: Fill, drain: Drain) -> None:
-        view = self._buffers.memory()[:size].numpy().data
-        fill(view)
-        drain(view)
+    def close(self) -> None:
+        if self._limited:
+            torch.cuda.set_per_process_memory_fraction(1.0, self._device)
 
     def _wait(self, stream: torch.cuda.Stream) -> None:
         # Blocking: a spinning thread would take a core from the others.
@@ -146,38 +150,8 @@ class Cuda:
         event.synchronize()
 
 
-class OtherDevice:
-    """Any other device of torch: copies that wait."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._buffers = Buffers(pinned=False)
-
-    def take(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self._device)
-
-    def give(self, memory: Tensor) -> None:
-        """The allocator has it back when the last reference ends."""
-
-    def load(self, part: Tensor, fill: Fill) -> None:
-        host = self._buffers.memory()[: part.numel()]
-        fill(host.numpy().data)
-        part.copy_(host)
-
-    def mark(self) -> object:
-        return None
-
-    def store(self, part: Tensor, mark: object, drain: Drain) -> None:
-        drain(part.cpu().numpy().data)
-
-    def through(self, size: int, fill: Fill, drain: Drain) -> None:
-        view = self._buffers.memory()[:size].numpy().data
-        fill(view)
-        drain(view)
-
-
 def place_on(device: torch.device, vram_limit: int | None) -> Place:
     """The memory of a device."""
     if device.type == "cuda":
         return Cuda(device, vram_limit)
-    return Host() if device.type == "cpu" else OtherDevice(device)
+    return Host() if device.type == "cpu" else Place(device)

@@ -14,8 +14,8 @@ from lrq.plan import Layer
 
 LEARNING = 7
 """Matrices of float32 that learned rounding holds of one matrix; the eigenvectors come on top."""
-EIGENVECTORS = 16
-"""Bytes of an element of the Gram matrix and its eigenvectors, in float64."""
+EIGENVECTORS = 8
+"""Bytes of an element of the smaller side's Gram matrix, for its eigenvectors."""
 SMALL = 1 << 20
 """Bytes that every layer needs besides its tensors."""
 
@@ -79,6 +79,10 @@ class Tile:
         banks = 12 * math.prod(self.shape) if len(self.shape) == 3 else 0
         return widened + banks + 4 * LEARNING * rows * columns + EIGENVECTORS * min(rows, columns) ** 2 + SMALL
 
+    def need(self, rounding: Rounding) -> int:
+        """Bytes of all of it."""
+        return self.held() + self.work(rounding)
+
 
 def _stored_size(fmt: Format, shape: Shape) -> int:
     return sum(tensor_size(CODES[dtype], stored) for dtype, stored in fmt.layout(shape).values())
@@ -99,7 +103,7 @@ def cut(layer: Layer, rounding: Rounding, limit: int) -> Iterator[Tile]:
     """Tiles of at most ``limit`` bytes, held and worked on; of the smallest if those are larger."""
     step, rows = _step(layer, rounding), layer.source.shape[0]
     one = smallest(layer, rounding)
-    fitting = max(1, (limit - SMALL) // max(1, one.held() + one.work(rounding) - SMALL)) * step
+    fitting = max(1, (limit - SMALL) // max(1, one.need(rounding) - SMALL)) * step
     for begin in range(0, rows, fitting):
         yield Tile(layer, begin, min(begin + fitting, rows))
 
