@@ -21,7 +21,7 @@ from lrq.errors import InputError
 from lrq.execution import Execution
 from power import Disk, PowerLossError
 
-KILLS = int(os.environ.get("LRQ_KILLS", "25"))
+KILLS = int(os.environ.get("LRQ_KILLS", "15"))
 FLAGS = {"nvfp4": True, "simple": True}
 
 

@@ -13,13 +13,15 @@ from typing import Any
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 """Answers of file systems that can't reserve space."""
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""What bears the name of an unfinished file but is a link must not lead the writer to another file."""
 _seeking = threading.Lock()
 """Where a system can't read or write at a place, seeking and doing so must not be parted."""
 
 
 def open_to_write(path: Path, *flags: int) -> int:
     """A descriptor to read and write ``path``, which is made if it is not there."""
-    mode = os.O_RDWR | os.O_CREAT | _BINARY
+    mode = os.O_RDWR | os.O_CREAT | _BINARY | _NO_LINK
     for flag in flags:
         mode |= flag
     return os.open(path, mode, 0o666)

@@ -261,7 +261,8 @@ class Writer:
                 with contextlib.suppress(InputError), self._syncing:
                     self._sync()
         finally:
-            self._keep = kind is not None and not bad_input and len(self._missing) < self._total
+            # If the last steps failed, all is kept.
+            self._keep = not bad_input and (kind is None or len(self._missing) < self._total)
             try:
                 self._close()
                 if kind is not None and not self._keep:
