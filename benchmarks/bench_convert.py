@@ -26,7 +26,6 @@ import torch
 
 from flux_like import LINEARS, write_flux_like
 from lrq.checkpoint import disk
-from lrq.checkpoint.checksum import crc32
 from lrq.formats import FORMATS
 from lrq.staging.memory import PIECE
 from measure import machine
@@ -88,18 +87,13 @@ def read_alone(source: Path) -> float:
 
 
 def write_alone(path: Path, size: int) -> float:
-    """As many bytes to the disk, with their checksum, synced."""
+    """As many bytes to the disk, synced."""
     piece = memoryview(os.urandom(PIECE))
     started = time.perf_counter()
     fd = disk.open_to_write(path)
     try:
         disk.reserve(fd, size)
-
-        def write(begin: int, length: int) -> None:
-            crc32(piece[:length])
-            disk.write_at(fd, piece[:length], begin)
-
-        _pieces(size, write)
+        _pieces(size, lambda begin, length: disk.write_at(fd, piece[:length], begin))
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -79,7 +79,7 @@ def quantize(
         folder: where the output goes if it is not named; beside the source if absent.
         conversion: the configuration; ``settings`` change single fields of it.
         device: where to compute, as torch names it; a GPU if there is one.
-        execution: memory, shards and what becomes of an unfinished run.
+        execution: memory, shards and what becomes of an unfinished run; without it, fields among ``settings`` count.
         on_plan, on_layer: called with the plan before the work, and with every layer when it is written.
         **settings: the flags of the command by name, as in ``quantize(path, nvfp4=True, simple=True)``.
 
@@ -94,13 +94,13 @@ def quantize(
 
         convert_to_quant -i in.safetensors -o out.safetensors --nvfp4
     """
+    execution = execution or Execution.from_settings(settings)
+    execution.check()
     conversion = Conversion.from_settings({**(conversion or Conversion()).settings(), **settings})
     conversion.check()
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.reset_peak_memory_stats(chosen)
-    execution = execution or Execution()
-    execution.check()
     with Reader(source) as reader:
         plan = make_plan(reader, conversion)
         stem = reader.stem if folder is None else Path(folder) / reader.stem.name

@@ -62,6 +62,8 @@ def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.devic
     buffers = PIECE * max(1, 2 * threads) if on_gpu else PIECE * max(1, threads)
     warm_up([whole(layer) for layer in layers], rounding, device)
     base = resident() + SLACK + buffers
+    if execution.ram_bytes is not None and base > execution.ram_bytes and on_gpu:
+        raise InputError(f"--max_ram: the process takes {_sized(base)} without any layer; raise it to that")
     room = _room(device, execution, 0 if on_gpu else base)
     if room is not None:
         _check_fits(layers, rounding, room)
@@ -95,6 +97,7 @@ def _room(device: torch.device, execution: Execution, base: int) -> _Room | None
     if device.type == "cuda":
         limit = execution.vram_bytes
         if execution.max_vram == "auto":
+            torch.cuda.empty_cache()
             limit = int(SPARE * torch.cuda.mem_get_info(device)[0])
         return None if limit is None else _Room("--max_vram", limit, limit - VRAM_SLACK)
     limit = execution.ram_bytes

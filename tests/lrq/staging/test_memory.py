@@ -123,6 +123,7 @@ def test_a_budget_lets_one_larger_than_all_pass_alone_and_wakes_who_waits_when_i
         budget.take(1)
 
 
-def test_other_settings_are_still_checked(tmp_path, source):
-    with pytest.raises(InputError, match="--max_vram"):
-        quantize(source, tmp_path / "out", execution=Execution(max_vram="much"), **SIMPLE)
+@pytest.mark.parametrize("settings", [{"execution": Execution(max_vram="much")}, {"max_vram": "much"}])
+def test_the_call_takes_the_flags_too(tmp_path, source, settings):
+    with pytest.raises(InputError, match="--max_vram much: must be a size"):
+        quantize(source, tmp_path / "out", **settings, **SIMPLE)
