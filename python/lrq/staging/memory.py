@@ -28,6 +28,8 @@ SPARE = 0.9
 _MOST_THREADS = 8
 VRAM_SLACK = 1 << 26
 """Bytes by which torch's allocator rounds up, and libraries' workspaces."""
+SPREAD = 1 << 21
+"""Bytes by which the same process differs from run to run."""
 SLACK = 1 << 23
 """Bytes for what threads, the journal and the C library take while a run goes on."""
 
@@ -112,7 +114,7 @@ def _check_fits(layers: Sequence[Layer], rounding: Rounding, room: _Room) -> Non
     raise InputError(
         f"layer {printable(layer.name)} {list(layer.source.shape)}: needs {_sized(need)}"
         f"{'' if least.is_whole else ', even in tiles'}, {room.flag} leaves {_sized(max(room.left, 0))}; "
-        f"raise it to {_sized(room.limit - room.left + need)}"
+        f"raise it to {_sized(room.limit - room.left + need + SPREAD)}"
         f"{'' if rounding.simple else ', or add --simple, which needs less'}"
     )
 

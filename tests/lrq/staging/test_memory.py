@@ -71,6 +71,15 @@ def test_a_bound_too_small_is_refused_before_the_start_with_what_would_do(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_advised_does(tmp_path, source):
+    command = [sys.executable, "-m", "lrq.cli", "convert", "-i", source, "-o", tmp_path / "out", "--simple", "--nvfp4"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*command, "--max_ram", "1MB"], capture_output=True, text=True, env=env)
+    advised = re.search(r"raise it to ([\d.]+) MB", done.stderr)[1]
+    measured, _ = peaks(source, tmp_path / "out", "--simple", "--nvfp4", "--max_ram", f"{advised}MB")
+    assert measured <= float(advised)
+
+
 def test_learned_rounding_needs_more_and_says_that_simple_does_not(tmp_path, source):
     result = run("convert", "-i", source, "-o", tmp_path / "out", "--max_ram", "1MB")
     # The largest is named, not the first.
