@@ -30,11 +30,16 @@ def source(tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("memory") / "in.safetensors", tensors)
 
 
-def peaks(source: Path, output: Path, *flags: str) -> tuple[float, float]:
-    """Measured and predicted, in MB, of a process of its own: the peak of this one is another's."""
+def launch(source: Path, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own: the peak of this one is another's."""
     command = [sys.executable, "-m", "lrq.cli", "convert", "-i", source, "-o", output, *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
+
+
+def peaks(source: Path, output: Path, *flags: str) -> tuple[float, float]:
+    """Measured and predicted, in MB."""
+    done = launch(source, output, *flags)
     assert done.returncode == 0, done.stderr
     found = re.search(r"peak memory ([\d.]+) MB, predicted ([\d.]+) MB", done.stderr)
     assert found is not None, done.stderr
@@ -72,9 +77,7 @@ def test_a_bound_too_small_is_refused_before_the_start_with_what_would_do(tmp_pa
 
 
 def test_what_is_advised_does(tmp_path, source):
-    command = [sys.executable, "-m", "lrq.cli", "convert", "-i", source, "-o", tmp_path / "out", "--simple", "--nvfp4"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, "--max_ram", "1MB"], capture_output=True, text=True, env=env)
+    done = launch(source, tmp_path / "out", "--simple", "--nvfp4", "--max_ram", "1MB")
     advised = re.search(r"raise it to ([\d.]+) MB", done.stderr)[1]
     measured, _ = peaks(source, tmp_path / "out", "--simple", "--nvfp4", "--max_ram", f"{advised}MB")
     assert measured <= float(advised)
