@@ -102,7 +102,37 @@ def quality_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"quality": quality_table, "GPU kernels": kernel_table, "CPU kernels": cpu_table}
+def conversion_table() -> str:
+    """Time and peak memory of whole conversions, beside ctq and the slowest stage."""
+    results = _read("convert-cpu")
+    rows, machine = results["results"], results["machine"]
+    size = rows[0]["source_bytes"] / 1e9
+    where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}"
+    lines = [
+        f"{where}: a bf16 file of",
+        f"{size:.2f} GB with FLUX's shapes, `--simple --comfy_quant`, whole processes (`benchmarks/bench_convert.py`).",
+        "",
+        "| | time | convert-to-quant | peak memory | predicted | convert-to-quant | of the slowest stage alone |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        peer = row["ctq"]
+        share = f"{100 * row['share_of_slowest']:.0f} % ({row['slowest']})"
+        times = f"{row['process_s']:.1f} s | {peer['process_s']:.1f} s ({row['times_ctq']:.1f}×)"
+        memory = f"{row['peak_bytes'] / 1e6:.0f} MB | {row['predicted_bytes'] / 1e6:.0f} MB"
+        lines.append(
+            f"| {FORMATS[row['format']]} | {times} | {memory} | {peer['peak_bytes'] / 1e6:.0f} MB "
+            f"({100 * row['memory_of_ctq']:.0f} %) | {share} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "conversions": conversion_table,
+    "quality": quality_table,
+    "GPU kernels": kernel_table,
+    "CPU kernels": cpu_table,
+}
 """Tables by the name in their marks."""
 
 

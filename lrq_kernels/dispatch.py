@@ -105,6 +105,13 @@ def refusal(operation: str, backend: str, args: tuple[Any, ...]) -> str | None:
     return found.accepts(*args)
 
 
+def _may_take(backend: str, args: tuple[Any, ...]) -> bool:
+    """False where it need not be loaded to know: Triton takes 80 MB and 0.3 s, and nothing of the CPU's."""
+    if backend != "triton" or backend in _loaded or os.environ.get("TRITON_INTERPRET"):
+        return True
+    return any(getattr(arg, "is_cuda", False) for arg in args)
+
+
 def choose(operation: str, args: tuple[Any, ...]) -> str:
     """The backend that computes ``operation`` for these inputs.
 
@@ -118,7 +125,7 @@ def choose(operation: str, args: tuple[Any, ...]) -> str:
             raise BackendError(f"{operation}: backend {forced!r} was asked for, but: {reason}")
         return forced
     for backend in BACKENDS:
-        if refusal(operation, backend, args) is None:
+        if _may_take(backend, args) and refusal(operation, backend, args) is None:
             return backend
     raise RuntimeError(f"{operation}: no backend takes these inputs")
 

@@ -14,6 +14,7 @@ from lrq_kernels._version import __version__
 if TYPE_CHECKING:
     from lrq.config import Conversion
     from lrq.errors import InputError
+    from lrq.execution import Execution
     from lrq.packing import (
         Fp8Weight,
         Int8Weight,
@@ -35,6 +36,7 @@ _HOME = {
     "verify": "run",
     "Conversion": "config",
     "InputError": "errors",
+    "Execution": "execution",
     "pack_nvfp4": "packing",
     "pack_mxfp8": "packing",
     "pack_fp8": "packing",
@@ -51,6 +53,7 @@ _HOME = {
 
 __all__ = [
     "Conversion",
+    "Execution",
     "Fp8Weight",
     "InputError",
     "Int8Weight",

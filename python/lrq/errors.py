@@ -1,8 +1,12 @@
-"""The one error a user can cause, and words for what is shown."""
+"""The errors a user can cause or meet, and words for what is shown."""
 
 
 class InputError(ValueError):
     """Bad input: the message is one line that says what, where and what to do."""
+
+
+class UnfinishedError(InputError):
+    """Not the input is at fault but a disk, its space or memory; what was written is kept for the next run."""
 
 
 def printable(name: str) -> str:

@@ -10,20 +10,16 @@ from functools import cache
 import torch
 
 from lrq.config import Conversion, Rounding
+from lrq.execution import Execution
 from lrq.formats import FORMATS, Format, Shape
 from lrq.formats.int8 import Int8
 from lrq.plan import Plan
 from lrq.rounding.solve import quantize_layer
 from lrq.selection.layer import Layer
+from lrq.staging.memory import plan_memory
 
 DISK = 5e8
 """Bytes a second that are read and written; a guess: measuring it would touch the disk."""
-LEARNING = 7
-"""Matrices of float32 that learned rounding holds of one layer; the eigenvectors come on top."""
-EIGENVECTORS = 16
-"""Bytes of an element of the Gram matrix and its eigenvectors, in float64."""
-PROCESS, IMPORTS = 310_000_000, 380_000_000
-"""Bytes of the process with torch loaded, and its peak while it loads."""
 LARGE = 0.32
 """Time for one weight and direction of a large layer, in units of that of the calibration's small one."""
 _SIDE, _LEARNED_SIDE = 512, 192
@@ -41,29 +37,19 @@ class Estimate:
     seconds: float
 
 
-def estimate(plan: Plan, conversion: Conversion, device: torch.device) -> Estimate:
-    """Predict memory and time of a conversion on a device."""
+def estimate(plan: Plan, conversion: Conversion, execution: Execution, device: torch.device) -> Estimate:
+    """Predict memory and time of a conversion on a device.
+
+    Raises:
+        InputError: a layer can't fit into the memory that the execution allows.
+    """
     kinds: dict[tuple[Format, Shape, bool | None], list[Layer]] = {}
     for layer in plan.layers:
         kinds.setdefault((layer.format, layer.source.shape, layer.simple), []).append(layer)
-    work = max((_layer_bytes(alike[0], conversion.rounding) for alike in kinds.values()), default=0)
-    source = max((layer.source.size for layer in plan.layers), default=0)
-    on_gpu = device.type != "cpu"
-    # A header's names and places take about ten times its bytes as objects.
-    host = max(PROCESS + 10 * len(plan.header_bytes) + (source if on_gpu else work), IMPORTS)
+    memory = plan_memory([alike[0] for alike in kinds.values()], conversion.rounding, device, execution)
     seconds = sum(len(alike) * _layer_seconds(alike[0], conversion.rounding, device) for alike in kinds.values())
     moved = plan.output_size + sum(layer.source.size for layer in plan.layers) + sum(e.size for e in plan.copied)
-    return Estimate(host, work if on_gpu else 0, seconds + moved / DISK)
-
-
-def _layer_bytes(layer: Layer, rounding: Rounding) -> int:
-    layout = layer.format.layout(layer.source.shape)
-    stored = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
-    held = layer.source.size + stored
-    if layer.rounding(rounding).simple:
-        return held
-    rows, columns = layer.source.shape[-2:]
-    return held + 4 * LEARNING * rows * columns + EIGENVECTORS * min(rows, columns) ** 2
+    return Estimate(memory.host, memory.vram, seconds + moved / DISK)
 
 
 def _layer_seconds(layer: Layer, rounding: Rounding, device: torch.device) -> float:

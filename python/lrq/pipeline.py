@@ -1,24 +1,35 @@
-"""How layers flow: read, quantize, write, one layer in memory at a time."""
+"""How layers flow: read, quantize, write, overlapped; order kept, memory bounded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from lrq.checkpoint.reader import Reader
+import lrq_kernels
+from lrq.checkpoint.reader import TORCH_DTYPES, Reader
 from lrq.checkpoint.writer import Writer
 from lrq.config import Conversion
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
+from lrq.formats import Tensors
 from lrq.plan import Plan
 from lrq.rounding.solve import Outcome, layer_seed, quantize_layer
 from lrq.selection.layer import Layer
+from lrq.staging.conveyor import Conveyor, Load, Step
+from lrq.staging.memory import MemoryPlan
+from lrq.staging.naming import naming
+from lrq.staging.places import place_on
 
 LARGEST = 2.0**100
 """A larger weight could leave float32: rounded up to the next value of a grid, or summed over a ConvRot group."""
+MEASURE, QUANTIZE = "measure", "quantize"
+"""What a tile is read for: its largest weight, or its codes."""
 
 
 @dataclass(frozen=True)
@@ -29,62 +40,166 @@ class LayerResult:
     format: str
     shape: tuple[int, ...]
     outcomes: tuple[Outcome, ...]
-    """One per matrix of learned rounding; empty for simple rounding."""
+    """One per matrix of learned rounding; empty for simple rounding, and where an earlier run did it."""
 
 
 OnLayer = Callable[[LayerResult], None]
 
 
+@dataclass
+class _Underway:
+    """A layer that is computed or written."""
+
+    result: LayerResult
+    writes: list[Future[None]] = field(default_factory=list)
+
+
 def run_plan(
-    source: Reader, plan: Plan, writer: Writer, conversion: Conversion, device: torch.device, on_layer: OnLayer
+    source: Reader,
+    plan: Plan,
+    writer: Writer,
+    conversion: Conversion,
+    device: torch.device,
+    on_layer: OnLayer,
+    memory: MemoryPlan,
 ) -> list[LayerResult]:
-    """Write every tensor of the plan; ``on_layer`` hears of each layer when it is written.
+    """Write every tensor of the plan; ``on_layer`` hears of each layer when it is written, in the plan's order.
 
     Raises:
-        InputError: a weight that is not finite, a source that changed, no memory, no disk space.
+        InputError: a weight that is not finite, a source that changed.
+        UnfinishedError: no memory, no disk space, a disk that fails.
     """
-    places = {entry.name: entry for entry in writer.header.entries}
-    for entry in plan.copied:
-        writer.copy(places[entry.name], source.chunks(entry))
-    results = []
-    for layer in plan.layers:
-        results.append(_run_layer(source, layer, writer, conversion, device))
-        on_layer(results[-1])
+    results: list[LayerResult] = []
+    underway: deque[_Underway] = deque()
+
+    def land(wait: bool) -> None:
+        while underway and (wait or all(write.done() for write in underway[0].writes)):
+            for write in underway[0].writes:
+                write.result()
+            conveyor.check()
+            results.append(underway.popleft().result)
+            on_layer(results[-1])
+
+    with Conveyor(source, writer, place_on(device, memory.vram_limit), memory) as conveyor:
+        quantizer = _Quantizer(source, conversion, device)
+        done = {layer.name for layer in plan.layers if _is_finished(layer, writer)}
+        loads = conveyor.loads(_steps(plan, writer, memory, done))
+        for layer in plan.layers:
+            underway.append(_Underway(LayerResult(layer.name, layer.format.name, layer.source.shape, ())))
+            if layer.name not in done:
+                _run_layer(quantizer, layer, memory, loads, conveyor, writer, underway[-1])
+            land(wait=False)
+        for _ in loads:
+            raise AssertionError("more was read than planned")
+        land(wait=True)
+        conveyor.finish()
     return results
 
 
+def _steps(plan: Plan, writer: Writer, memory: MemoryPlan, done: set[str]) -> Iterator[Step]:
+    """In the order of the source, so that a disk reads ahead."""
+    layers = {layer.source.begin: layer for layer in plan.layers}
+    copied = {entry.begin: entry for entry in plan.copied if entry.size and entry.name not in writer.finished}
+    for begin in sorted({*layers, *copied}):
+        if begin in copied:
+            yield copied[begin]
+        if begin in layers and layers[begin].name not in done:
+            tiles = memory.tiles[layers[begin].name]
+            if tiles[0].needs_scale:
+                yield from ((tile, MEASURE) for tile in tiles)
+            yield from ((tile, QUANTIZE) for tile in tiles)
+
+
+def _is_finished(layer: Layer, writer: Writer) -> bool:
+    suffixes = (*layer.format.layout(layer.source.shape), comfyui.MARKER)
+    return all(f"{layer.name}.{suffix}" in writer.finished for suffix in suffixes)
+
+
 def _run_layer(
-    source: Reader, layer: Layer, writer: Writer, conversion: Conversion, device: torch.device
-) -> LayerResult:
-    try:
-        w = source.read(layer.source.name).to(device)
+    quantizer: _Quantizer,
+    layer: Layer,
+    memory: MemoryPlan,
+    loads: Iterator[Load],
+    conveyor: Conveyor,
+    writer: Writer,
+    underway: _Underway,
+) -> None:
+    tiles = memory.tiles[layer.name]
+    scale = None
+    if tiles[0].needs_scale:
+        largest = 0.0
+        for _ in tiles:
+            load = next(loads)
+            largest = max(largest, quantizer.largest(load))
+            conveyor.release(load)
+        scale = quantizer.scale_of(layer, largest)
+    outcomes: list[Outcome] = []
+    for _ in tiles:
+        outcomes += _run_tile(quantizer, next(loads), scale, conveyor, writer, underway.writes)
+    result = underway.result
+    underway.result = LayerResult(result.name, result.format, result.shape, tuple(outcomes))
+
+
+def _run_tile(
+    quantizer: _Quantizer,
+    load: Load,
+    scale: Tensor | None,
+    conveyor: Conveyor,
+    writer: Writer,
+    writes: list[Future[None]],
+) -> list[Outcome]:
+    """A function of its own: what it computed must not be held while the next tile is waited for."""
+    tile, layer = load.tile, load.tile.layer
+    tensors, outcomes = quantizer.quantize(load, scale)
+    parts = {f"{layer.name}.{suffix}": (begin, tensors[suffix]) for suffix, begin in tile.places().items()}
+    if not tile.begin:
+        parts[f"{layer.name}.{comfyui.MARKER}"] = (0, comfyui.marker_tensor(layer.marker))
+    writes += conveyor.write(load, {name: part for name, part in parts.items() if name not in writer.finished})
+    return outcomes
+
+
+class _Quantizer:
+    """Computes tiles; what can go wrong with a layer is one line that names it."""
+
+    def __init__(self, source: Reader, conversion: Conversion, device: torch.device) -> None:
+        self._path, self._conversion, self._device = source.path, conversion, device
+
+    def largest(self, load: Load) -> float:
+        """The largest magnitude of a tile."""
+        with naming(load.tile):
+            return self._checked(load)[1]
+
+    def scale_of(self, layer: Layer, largest: float) -> Tensor:
+        """The matrix's scale: that of a matrix with one weight, the largest."""
+        one = torch.full((1, 1), largest, dtype=torch.float32, device=self._device)
+        name = layer.format.matrix_scale
+        assert name is not None
+        return layer.format.quantize(one, None)[name]
+
+    def quantize(self, load: Load, scale: Tensor | None) -> tuple[Tensors, list[Outcome]]:
+        """Stored tensors of a tile; ``scale`` is that of the matrix, if the tile is not all of it."""
+        layer = load.tile.layer
+        rounding = layer.rounding(self._conversion.rounding)
+        with naming(load.tile):
+            w, _ = self._checked(load)
+            if scale is not None:
+                coherence = rounding.coherence if rounding.scale_search else None
+                return layer.format.quantize(w, coherence, scale), []
+            seed = layer_seed(self._conversion.seed, layer.name)
+            return quantize_layer(layer.format, w, rounding, seed + (load.tile.begin if w.dim() == 3 else 0))
+
+    def _checked(self, load: Load) -> tuple[Tensor, float]:
+        entry = load.tile.layer.source
+        size = load.tile.source_range[1]
+        w = load.memory[:size].view(TORCH_DTYPES[entry.dtype]).view(load.tile.shape)
         if w.dtype == torch.float64:
             w = w.float()
-        _check_values(source, layer, w)
-        seed = layer_seed(conversion.seed, layer.name)
-        tensors, outcomes = quantize_layer(layer.format, w, layer.rounding(conversion.rounding), seed)
-    except torch.OutOfMemoryError:
-        raise InputError(
-            f"layer {printable(layer.name)} {list(layer.source.shape)}: out of memory on {device}; "
-            "use --device cpu, or --simple, which needs less"
-        ) from None
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"layer {printable(layer.name)}: its singular directions can't be computed ({reason}); use --simple"
-        ) from None
-    for suffix, tensor in tensors.items():
-        writer.write(f"{layer.name}.{suffix}", tensor)
-    writer.write(f"{layer.name}.{comfyui.MARKER}", comfyui.marker_tensor(layer.marker))
-    return LayerResult(layer.name, layer.format.name, layer.source.shape, tuple(outcomes))
-
-
-def _check_values(source: Reader, layer: Layer, w: torch.Tensor) -> None:
-    largest = w.abs().amax().item()
-    # Written so that NaN fails.
-    if not largest <= LARGEST:
-        what = f"the value {largest:.3g}, beyond every format" if math.isfinite(largest) else "NaN or Inf"
-        raise InputError(
-            f"{source.path}: {printable(layer.source.name)} holds {what}; repair the source, or leave the layer "
-            "away with --exclude_layers"
-        )
+        largest = lrq_kernels.amax(w).amax().item()
+        # Written so that NaN fails.
+        if not largest <= LARGEST:
+            what = f"the value {largest:.3g}, beyond every format" if math.isfinite(largest) else "NaN or Inf"
+            raise InputError(
+                f"{self._path}: {printable(entry.name)} holds {what}; repair the source, or leave the layer "
+                "away with --exclude_layers"
+            )
+        return w, largest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,24 +11,36 @@ from typing import Any
 
 import torch
 
+from lrq.checkpoint.journal import Fingerprint
+from lrq.checkpoint.layout import ENDING, INDEX, Layout, Tensor, in_shards, one_file
 from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.writer import Writer
 from lrq.config import Conversion
-from lrq.errors import InputError, printable
-from lrq.formats import STOCK
-from lrq.models.policy import load_policy
-from lrq.models.recognition import Part
+from lrq.dialects import comfyui
+from lrq.errors import InputError, UnfinishedError, printable
+from lrq.execution import Execution
 from lrq.pipeline import LayerResult, OnLayer, run_plan
 from lrq.plan import Plan, make_plan
+from lrq.report.notices import notices
 from lrq.report.verification import LayerReport, Verification, verify_file
 from lrq.selection.heuristics import out_of_line, widen
 from lrq.selection.resolve import resolve
-
-FEW = 3
-"""Tensors that are left out for one reason are named one by one up to this number."""
+from lrq.staging.memory import MemoryPlan, plan_memory
+from lrq.staging.process import peak
+from lrq_kernels._version import __version__
 
 FOREIGN = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth")
 """Endings of files that are not safetensors: a loader would take the output for what it is not."""
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Peak memory in bytes, as predicted and as measured; of the GPU 0 if there is none."""
+
+    predicted: int
+    measured: int
+    predicted_vram: int
+    measured_vram: int
 
 
 @dataclass(frozen=True)
@@ -44,26 +57,32 @@ class Summary:
     """One line each on what a user should know."""
     source_size: int
     output_size: int
+    memory: MemoryUse
 
 
 def quantize(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
+    folder: str | os.PathLike[str] | None = None,
     conversion: Conversion | None = None,
     device: str | torch.device | None = None,
     on_plan: Callable[[Plan], None] = lambda plan: None,
     on_layer: OnLayer = lambda layer: None,
+    execution: Execution | None = None,
     **settings: Any,
 ) -> Summary:
     """Convert a safetensors checkpoint.
 
     Args:
-        source: the ``.safetensors`` file.
+        source: a ``.safetensors`` file, an index of shards, a folder or a glob.
         output: the file to write; ``<source>-<format>.safetensors`` beside the source if absent. It appears when it is
-            whole; a file of that name is replaced.
+            whole; a file of that name is replaced. What a stopped run has done lies in ``<output>.partial``; the same
+            call goes on from there.
+        folder: where the output goes if it is not named; beside the source if absent.
         conversion: the configuration; ``settings`` change single fields of it.
         device: where to compute, as torch names it; a GPU if there is one.
+        execution: memory, shards and what becomes of an unfinished run; without it, fields among ``settings`` count.
         on_plan, on_layer: called with the plan before the work, and with every layer when it is written.
         **settings: the flags of the command by name, as in ``quantize(path, nvfp4=True, simple=True)``.
 
@@ -72,29 +91,87 @@ def quantize(
 
     Raises:
         InputError: bad input or settings; the message is one line. No file is left behind.
+        UnfinishedError: the disk failed, or memory; what was written is kept for the next call.
 
     ``quantize("in.safetensors", "out.safetensors", nvfp4=True)`` does what this command does::
 
         convert_to_quant -i in.safetensors -o out.safetensors --nvfp4
     """
+    execution = execution or Execution.from_settings(settings)
+    execution.check()
     if settings or conversion is None:
         conversion = Conversion.from_settings({**(conversion or Conversion()).settings(), **resolve(settings)})
     conversion.check()
     chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(chosen)
     with Reader(source) as reader:
         if conversion.selection.heur or conversion.selection.max_error is not None:
             conversion = measure_layers(reader, conversion, chosen)
         plan = make_plan(reader, conversion)
-        target = default_output(reader.path, plan) if output is None else _target_of(output)
-        _check_target(target, reader.path)
-        replaces = target.exists()
+        stem = reader.stem if folder is None else Path(folder) / reader.stem.name
+        layout = _layout(default_output(stem, plan) if output is None else _target_of(output), plan, execution)
+        _check_target(layout, reader)
+        replaces = layout.target.exists()
+        memory = plan_memory(plan.layers, conversion.rounding, chosen, execution)
         on_plan(plan)
-        with Writer(target, plan.header, plan.header_bytes) as writer:
-            layers = run_plan(reader, plan, writer, conversion, chosen, on_layer)
+        layers = _write(reader, plan, layout, conversion, chosen, on_layer, execution, memory)
         said = notices(plan, conversion)
         if replaces:
-            said.append(f"{printable(str(target))}: replaced the file that was there")
-        return Summary(target, layers, plan.kept, plan.refused, said, reader.size, plan.output_size)
+            said.append(f"{printable(str(layout.target))}: replaced the file that was there")
+        used = MemoryUse(memory.host, peak(), memory.vram, _peak_vram(chosen))
+        return Summary(layout.target, layers, plan.kept, plan.refused, said, reader.size, layout.size, used)
+
+
+def _layout(path: Path, plan: Plan, execution: Execution) -> Layout:
+    if execution.shard_bytes is None:
+        return one_file(path, plan.header, plan.header_bytes)
+    kinds = {entry.name: (entry.name, entry.dtype, entry.shape) for entry in plan.header.entries}
+    groups: dict[int, list[Tensor]] = {entry.begin: [kinds.pop(entry.name)] for entry in plan.copied if entry.size}
+    for layer in plan.layers:
+        names = [f"{layer.name}.{suffix}" for suffix in comfyui.WRITTEN]
+        groups[layer.source.begin] = [kinds.pop(name) for name in names if name in kinds]
+    ordered = [list(kinds.values()), *(groups[begin] for begin in sorted(groups))]
+    return in_shards(path, ordered, plan.header.metadata, execution.shard_bytes)
+
+
+def _write(
+    reader: Reader,
+    plan: Plan,
+    layout: Layout,
+    conversion: Conversion,
+    device: torch.device,
+    on_layer: OnLayer,
+    execution: Execution,
+    memory: MemoryPlan,
+) -> list[LayerResult]:
+    """The work; what stops it says what remains of it."""
+    writer = Writer(layout, _fingerprint(reader, layout, conversion, device), execution.restart)
+    try:
+        with writer:
+            return run_plan(reader, plan, writer, conversion, device, on_layer, memory)
+    except UnfinishedError as error:
+        raise UnfinishedError(f"{error}; {writer.kept()}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(writer.kept()) from None
+
+
+def _fingerprint(reader: Reader, layout: Layout, conversion: Conversion, device: torch.device) -> Fingerprint:
+    """What decides the bytes of the output: an unfinished run goes on only if all of it is the same."""
+    settings = {f"--{name}": _plain(value) for name, value in conversion.settings().items()}
+    # Rounding to nearest gives the same bits everywhere; the sums of learned rounding don't.
+    where = {} if conversion.rounding.simple else {"--device": device.type}
+    version = {"lrq's version": __version__}
+    return {**version, **reader.fingerprint, **settings, **where, "the output's header": layout.digest}
+
+
+def _plain(value: Any) -> Any:
+    """As the journal gives it back."""
+    return json.dumps(value, sort_keys=True) if isinstance(value, tuple | list | dict) else value
+
+
+def _peak_vram(device: torch.device) -> int:
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
 def measure_layers(source: Reader, conversion: Conversion, device: torch.device) -> Conversion:
@@ -122,44 +199,11 @@ def measure_layers(source: Reader, conversion: Conversion, device: torch.device)
     return replace(conversion, selection=replace(selection, layers=layers or None))
 
 
-def notices(plan: Plan, conversion: Conversion) -> list[str]:
-    """One line for every format that stock ComfyUI can't load, tensor that is left out, and setting without effect."""
-    needs = sorted({(layer.format.name, layer.format.loader) for layer in plan.layers if layer.format.loader != STOCK})
-    return [
-        *(f"{name} is read by {loader}; {STOCK} can't load this file" for name, loader in needs),
-        *_left_out(plan),
-        *map(_unrecognised, _by_generic_policy(plan)),
-        *conversion.without_effect(),
-    ]
-
-
 def default_output(source: Path, plan: Plan) -> Path:
     """``<source>-<format>.safetensors`` beside the source; of a mixed file the format that no rule chose."""
     usual = next((layer for layer in plan.layers if not layer.why), plan.layers[0])
     stem = source.stem if source.suffix in (".safetensors", ".sft") else source.name
     return source.with_name(f"{stem}-{usual.format.name}.safetensors")
-
-
-def _left_out(plan: Plan) -> list[str]:
-    reasons: dict[str, list[str]] = {}
-    for entry in plan.dropped:
-        reasons.setdefault(plan.why_dropped[entry.name], []).append(printable(entry.name))
-    few = [f"{name} is left out: {why}" for why, names in reasons.items() if len(names) <= FEW for name in names]
-    many = {why: names for why, names in reasons.items() if len(names) > FEW}
-    return few + [f"{len(names)} tensors ({names[0]}, ...) are left out: {why}" for why, names in many.items()]
-
-
-def _by_generic_policy(plan: Plan) -> list[Part]:
-    """The parts whose layers the generic policy chose."""
-    prefixes = sorted((part.prefix for part in plan.parts), key=len, reverse=True)
-    quantized = {next(prefix for prefix in prefixes if layer.name.startswith(prefix)) for layer in plan.layers}
-    about = load_policy().about
-    return [part for part in plan.parts if part.prefix in quantized and plan.policies[part.prefix] == about]
-
-
-def _unrecognised(part: Part) -> str:
-    where = f" in {printable(part.prefix)}*" if part.prefix else ""
-    return f"model not recognised{where}; the generic policy chose its layers: see --verbose, or name a --preset"
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -192,20 +236,22 @@ def _target_of(output: str | os.PathLike[str]) -> Path:
         raise InputError(f"{name}: lrq writes safetensors; let the name end in .safetensors")
     if name.endswith(os.sep):
         raise InputError(f"{name}: names a folder; name a file")
+    name = f"{name.removesuffix(INDEX)}{ENDING}" if name.endswith(INDEX) else name
     return Path(os.path.realpath(name)) if os.path.islink(name) else Path(name)
 
 
-def _check_target(target: Path, source: Path) -> None:
-    if not target.parent.is_dir():
-        raise InputError(f"{target.parent}: no such folder; make it first")
-    if target.is_dir():
-        raise InputError(f"{target}: is a folder; name a file")
-    if target.exists() and not target.is_file():
-        raise InputError(f"{target}: is a device or a pipe; name a file")
-    if target.exists() and os.path.samefile(target, source):
-        raise InputError(f"{target}: output and input are the same file")
-    if target.exists() and not os.access(target, os.W_OK):
-        raise InputError(f"{target}: exists and is read-only; name another file")
+def _check_target(layout: Layout, source: Reader) -> None:
+    for target in {layout.target, *(file.path for file in layout.files)}:
+        if not target.parent.is_dir():
+            raise InputError(f"{target.parent}: no such folder; make it first")
+        if target.is_dir():
+            raise InputError(f"{target}: is a folder; name a file")
+        if target.exists() and not target.is_file():
+            raise InputError(f"{target}: is a device or a pipe; name a file")
+        if target.exists() and any(os.path.samefile(target, file) for file in source.files):
+            raise InputError(f"{target}: output and input are the same file")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise InputError(f"{target}: exists and is read-only; name another file")
 
 
 def verify(

@@ -17,6 +17,7 @@ from lrq.checkpoint.reader import TORCH_DTYPES, Reader
 from lrq.cli import convert_to_quant
 from lrq.config import Conversion
 from lrq.estimate import estimate
+from lrq.execution import Execution
 from lrq.plan import make_plan
 
 SMALL = [
@@ -97,7 +98,7 @@ def test_every_model_is_planned_in_a_second_from_its_header_alone(tmp_path, monk
         started = time.process_time()
         with Reader(path) as reader:
             plan = make_plan(reader, Conversion.from_settings({"nvfp4": True, "simple": True}), allow_empty=True)
-            estimate(plan, Conversion.from_settings({"nvfp4": True, "simple": True}), torch.device("cpu"))
+            estimate(plan, Conversion.from_settings({"nvfp4": True, "simple": True}), Execution(), torch.device("cpu"))
         seconds.append(time.process_time() - started)
     # Twice the second that it takes at most on a quiet machine: others use this one.
     assert min(seconds) < 2

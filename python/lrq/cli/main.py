@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 
 import click
 
-from lrq.cli.options import DashCommand, OneLineGroup, configuration_options
+from lrq.cli.options import DashCommand, OneLineGroup, configuration_options, execution_options
 from lrq.errors import InputError, printable
+from lrq.execution import Execution
 from lrq_kernels._version import __version__
 
 BAD_INPUT = 2
@@ -45,8 +46,8 @@ def _guarded(work: Callable[[], Any]) -> Any:
         return work()
     except InputError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        _fail(f"interrupted; {stop.args[0] if stop.args else 'nothing was written'}", INTERRUPTED)
     except BrokenPipeError:
         raise SystemExit(1) from None
     except MemoryError:
@@ -70,12 +71,21 @@ def main() -> None:
 
 
 @click.command(cls=DashCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("-i", "--input", "source", required=True, metavar="FILE", help="The .safetensors checkpoint to convert.")
+@click.option(
+    "-i",
+    "--input",
+    "sources",
+    required=True,
+    multiple=True,
+    metavar="FILE",
+    help="The checkpoint: .safetensors, index.json, folder or glob; may be given many times.",
+)
 @click.option(
     "-o",
     "--output",
     metavar="FILE",
-    help="The file to write; replaces one of this name when it is whole [default: <input>-<format>.safetensors].",
+    help="The file to write; replaces one of this name when it is whole [default: <input>-<format>.safetensors]; a "
+    "folder, if there are many inputs.",
 )
 @configuration_options
 @click.option("--plan", "plan_file", metavar="FILE", help="Do what a plan says (lrq plan IN --json > FILE).")
@@ -86,11 +96,12 @@ def main() -> None:
     type=click.Choice(["plan", "create-template"]),
     help="Plan only; create-template writes a --layer-config to edit.",
 )
+@execution_options
 @click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu, cuda, cuda:1, ...")
 @click.option("--verbose", is_flag=True, help="Say of every tensor what becomes of it, and why.")
 @click.version_option(__version__, prog_name="lrq")
 def convert_to_quant(
-    source: str,
+    sources: tuple[str, ...],
     output: str | None,
     plan_file: str | None,
     dry_run: str | None,
@@ -104,33 +115,28 @@ def convert_to_quant(
     Example:
       convert_to_quant -i model.safetensors --nvfp4 --comfy_quant
     """
-    from lrq.cli import planning
-    from lrq.cli.progress import Progress
 
-    def work() -> None:
-        conversion = planning.conversion_of(click.get_current_context(), settings, source, plan_file)
+    def work() -> int:
+        from lrq.cli import planning
+        from lrq.cli.batch import convert_all
+
+        execution = Execution.from_settings(settings)
+        conversion = planning.conversion_of(click.get_current_context(), settings, sources, plan_file)
         if dry_run is not None:
-            planning.dry_run(source, conversion, device, dry_run, output)
-            return
-        from lrq.run import quantize
+            planning.dry_run(sources, conversion, execution, device, dry_run, output)
+            return 0
 
-        with Progress(verbose) as progress:
-            summary = quantize(
-                source,
-                output,
-                conversion=conversion,
-                device=device,
-                on_plan=progress.on_plan,
-                on_layer=progress.on_layer,
-            )
-        progress.summarise(summary)
+        return convert_all(sources, output, conversion, execution, device, verbose)
 
-    _guarded(work)
+    failed = _guarded(work)
+    if failed:
+        raise SystemExit(BAD_INPUT)
 
 
 @main.command(cls=DashCommand)
 @click.argument("source", metavar="IN")
 @configuration_options
+@execution_options
 @click.option("--device", default="auto", show_default=True, help="Where it would be computed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON; lrq convert --plan takes it.")
 @click.option("--verbose", is_flag=True, help="Say of every layer what becomes of it, not of every kind of layer.")
@@ -141,11 +147,13 @@ def plan(source: str, device: str, as_json: bool, verbose: bool, **settings: Any
     Example:
       lrq plan model.safetensors --nvfp4
     """
-    from lrq.cli import planning
 
     def work() -> None:
-        conversion = planning.conversion_of(click.get_current_context(), settings, source, None)
-        planning.print_plan(source, conversion, device, as_json, verbose)
+        from lrq.cli import planning
+
+        execution = Execution.from_settings(settings)
+        conversion = planning.conversion_of(click.get_current_context(), settings, (source,), None)
+        planning.print_plan(source, conversion, execution, device, as_json, verbose)
 
     _guarded(work)
 

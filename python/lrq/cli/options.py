@@ -13,6 +13,7 @@ import click
 
 from lrq.config import PARTS, Conversion
 from lrq.errors import printable
+from lrq.execution import Execution
 from lrq.models.preset import by_flag, presets
 
 PRESETS = "lrq.presets"
@@ -69,6 +70,13 @@ def _spelled(arg: str, known: set[str]) -> str:
         return arg
     underscored = "--" + found[1][2:].replace("-", "_")
     return underscored + (found[2] or "") if underscored in known else arg
+
+
+def execution_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add a flag for every field of the execution."""
+    for setting in reversed(dataclasses.fields(Execution)):
+        command = _option(setting)(command)
+    return command
 
 
 def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:

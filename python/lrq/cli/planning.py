@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,28 @@ from rich.text import Text
 
 from lrq.checkpoint.header import paused_collection
 from lrq.checkpoint.reader import Reader
+from lrq.checkpoint.sources import expand
 from lrq.cli.options import given_settings
 from lrq.cli.progress import model_line, sized
 from lrq.cli.tables import console
 from lrq.config import Conversion
 from lrq.errors import InputError, printable
 from lrq.estimate import Estimate, estimate
+from lrq.execution import Execution
 from lrq.models.patterns import skeleton
 from lrq.models.policy import NOT_A_WEIGHT
 from lrq.plan import Plan, make_plan
 from lrq.report import planned
-from lrq.run import choose_device, notices
+from lrq.report.notices import notices
+from lrq.run import choose_device
 from lrq.selection.resolve import resolve
 
 _HARMLESS = ("source", "output", "plan_file", "dry_run", "device", "verbose", "as_json")
 
 
-def conversion_of(ctx: click.Context, settings: dict[str, Any], source: str, plan_file: str | None) -> Conversion:
+def conversion_of(
+    ctx: click.Context, settings: dict[str, Any], sources: Sequence[str], plan_file: str | None
+) -> Conversion:
     """The configuration that a command line describes, or a plan file that it names.
 
     Raises:
@@ -45,15 +51,24 @@ def conversion_of(ctx: click.Context, settings: dict[str, Any], source: str, pla
     given |= {"preset"} if settings["preset"] else set()
     for name in sorted(given - set(_HARMLESS)):
         raise InputError(f"--plan {plan_file}: has all settings; leave --{name} away, or change it in the plan")
-    with Reader(source) as reader:
+    if len(sources) > 1:
+        raise InputError(f"--plan {plan_file}: is of one checkpoint, not of {len(sources)}; give one -i")
+    with Reader(sources[0]) as reader:
         return planned.read_plan(plan_file, reader)
 
 
-def dry_run(source: str, conversion: Conversion, device: str, what: str, output: str | None) -> None:
-    """Print the plan, or write the template of a layer-config."""
+def dry_run(
+    sources: Sequence[str], conversion: Conversion, execution: Execution, device: str, what: str, output: str | None
+) -> None:
+    """Print the plan of every source, or write the template of a layer-config."""
+    names = expand(sources)
     if what == "plan":
-        print_plan(source, conversion, device, False, False)
+        for name in names:
+            print_plan(name, conversion, execution, device, False, False)
         return
+    if len(names) > 1:
+        raise InputError(f"--dry-run create-template: is of one checkpoint, not of {len(names)}; give one -i")
+    source = names[0]
     path = Path(output) if output else Path(source).with_name(f"{Path(source).stem}-layers.json")
     with Reader(source) as reader:
         table = planned.template(make_plan(reader, conversion, allow_empty=True))
@@ -64,12 +79,14 @@ def dry_run(source: str, conversion: Conversion, device: str, what: str, output:
     click.echo(f"{printable(str(path))}: {len(table)} rules; edit them, and give it to --layer-config", err=True)
 
 
-def print_plan(source: str, conversion: Conversion, device: str, as_json: bool, verbose: bool) -> None:
+def print_plan(
+    source: str, conversion: Conversion, execution: Execution, device: str, as_json: bool, verbose: bool
+) -> None:
     """Print what a conversion would do."""
     chosen = choose_device(device)
     with paused_collection(), Reader(source) as reader:
         plan = make_plan(reader, conversion, allow_empty=True)
-        needs = estimate(plan, conversion, chosen)
+        needs = estimate(plan, conversion, execution, chosen)
         if as_json:
             click.echo(json.dumps(planned.document(reader, plan, conversion, needs), indent=1))
             return

@@ -105,6 +105,10 @@ class Progress:
         saved = f"{sized(summary.source_size)} -> {sized(summary.output_size)}"
         seconds = time.monotonic() - self.started
         self._say(f"{printable(str(summary.output))}: {saved} in {seconds:.1f} s")
+        use = summary.memory
+        words = f"peak memory {sized(use.measured)}, predicted {sized(use.predicted)}"
+        on_gpu = f"; of the GPU {sized(use.measured_vram)}, predicted {sized(use.predicted_vram)}"
+        self._say(words + (on_gpu if use.predicted_vram else ""))
 
     def _say_models(self) -> None:
         for line in self.models:

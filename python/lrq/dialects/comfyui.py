@@ -21,6 +21,7 @@ LEGACY = "scaled_fp8"
 """Last part of the key that marks a file of the older layout."""
 STORED = ("weight", "weight_scale", "weight_scale_2")
 """Suffixes of the tensors that lrq writes for a layer, besides the marker."""
+WRITTEN = (*STORED, MARKER)
 ACTIVATIONS = ("input_scale", "pre_quant_scale")
 """Suffixes that change what a quantized layer does to its input, and mean nothing beside a weight that is not."""
 COUNTS = ("convrot_groupsize", "group_size", "num_experts")

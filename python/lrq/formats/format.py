@@ -29,6 +29,14 @@ class Format(ABC):
     has_scale_search: ClassVar[bool] = False
     """Whether :meth:`quantize` can search block scales."""
 
+    tile_rows: ClassVar[int] = 1
+    """Rows of a part of a weight that is quantized by itself come in multiples of this."""
+
+    @property
+    def matrix_scale(self) -> str | None:
+        """Suffix of the scale that hangs on all weights of a matrix, or None: its rows are independent."""
+        return None
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -52,8 +60,10 @@ class Format(ABC):
         return w.float()
 
     @abstractmethod
-    def quantize(self, w: Tensor, coherence: float | None) -> Tensors:
+    def quantize(self, w: Tensor, coherence: float | None, matrix_scale: Tensor | None = None) -> Tensors:
         """Round to nearest; ``coherence`` = γ of the scale search where there is one, None: scales from amax.
+
+        ``matrix_scale`` is the scale of the whole matrix where ``w`` is only some of its rows.
 
         Works on meta tensors too: the result's shapes and dtypes are the layout in the file.
         """

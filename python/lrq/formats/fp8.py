@@ -34,8 +34,8 @@ class Fp8(Scaled):
         keys: dict[str, Any] = {"format": MARKERS[self.scaling]}
         return keys | {"group_size": self.block} if self.scaling == "block" else keys
 
-    def quantize(self, w: Tensor, coherence: float | None) -> Tensors:
-        codes, scale = lrq_kernels.quantize_fp8(w, self.scaling, self.block)
+    def quantize(self, w: Tensor, coherence: float | None, matrix_scale: Tensor | None = None) -> Tensors:
+        codes, scale = lrq_kernels.quantize_fp8(w, self.scaling, self.block, matrix_scale)
         return {"weight": codes, "weight_scale": scale}
 
     def dequantize(self, tensors: Tensors, shape: Shape) -> Tensor:

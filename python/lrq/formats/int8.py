@@ -51,8 +51,8 @@ class Int8(Scaled):
     def prepare(self, w: Tensor) -> Tensor:
         return lrq_kernels.rotate_hadamard(w, self.convrot) if self.convrot else w.float()
 
-    def quantize(self, w: Tensor, coherence: float | None) -> Tensors:
-        codes, scale = lrq_kernels.quantize_int8(w, self.scaling, self.block, None, self.convrot)
+    def quantize(self, w: Tensor, coherence: float | None, matrix_scale: Tensor | None = None) -> Tensors:
+        codes, scale = lrq_kernels.quantize_int8(w, self.scaling, self.block, matrix_scale, self.convrot)
         return {"weight": codes, "weight_scale": scale}
 
     def dequantize(self, tensors: Tensors, shape: Shape) -> Tensor:

@@ -22,13 +22,14 @@ class Mxfp8(Format):
 
     marker_name: ClassVar[str] = "mxfp8"
     grid: ClassVar[Grid] = E4M3
+    tile_rows: ClassVar[int] = 128
     has_scale_search: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
         return "mxfp8"
 
-    def quantize(self, w: Tensor, coherence: float | None) -> Tensors:
+    def quantize(self, w: Tensor, coherence: float | None, matrix_scale: Tensor | None = None) -> Tensors:
         codes, block_scales = lrq_kernels.quantize_mxfp8(w, coherence)
         return {"weight": codes, "weight_scale": block_scales}
 

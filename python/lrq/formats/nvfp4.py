@@ -22,14 +22,19 @@ class Nvfp4(Format):
 
     marker_name: ClassVar[str] = "nvfp4"
     grid: ClassVar[Grid] = E2M1
+    tile_rows: ClassVar[int] = 128
     has_scale_search: ClassVar[bool] = True
+
+    @property
+    def matrix_scale(self) -> str | None:
+        return "weight_scale_2"
 
     @property
     def name(self) -> str:
         return "nvfp4"
 
-    def quantize(self, w: Tensor, coherence: float | None) -> Tensors:
-        codes, block_scales, tensor_scale = lrq_kernels.quantize_nvfp4(w, None, coherence)
+    def quantize(self, w: Tensor, coherence: float | None, matrix_scale: Tensor | None = None) -> Tensors:
+        codes, block_scales, tensor_scale = lrq_kernels.quantize_nvfp4(w, matrix_scale, coherence)
         return {"weight": codes, "weight_scale": block_scales, "weight_scale_2": tensor_scale}
 
     def expand(self, tensors: Tensors, shape: Shape) -> tuple[Tensor, Tensor]:

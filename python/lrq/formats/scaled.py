@@ -19,6 +19,14 @@ class Scaled(Format):
     block: int = 0
     """Side of the square block; 0 unless ``scaling`` is ``block``."""
 
+    @property
+    def tile_rows(self) -> int:  # type: ignore[override]
+        return self.block if self.scaling == "block" else 1
+
+    @property
+    def matrix_scale(self) -> str | None:
+        return "weight_scale" if self.scaling == "tensor" else None
+
     def refusal(self, shape: Shape) -> str | None:
         if self.scaling == "block" and (shape[-2] % self.block or shape[-1] % self.block):
             return f"N and K must be multiples of the block {self.block}, got {shape[-2]} x {shape[-1]}"

@@ -16,8 +16,9 @@ import torch
 from click.testing import Result
 
 import lrq
+import lrq.pipeline
 import lrq_kernels
-from checkpoints import by_hand, load, normal, record, run, save, transformer
+from checkpoints import by_hand, convert, load, normal, record, run, save, transformer
 from lrq.errors import InputError
 
 GOOD = {"blocks.0.fc.weight": normal(32, 64), "blocks.0.fc.bias": normal(32)}
@@ -245,7 +246,7 @@ def heed_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def test_signals_leave_no_file(tmp_path):
+def test_signals_leave_a_run_that_goes_on(tmp_path):
     """Nobody reads the children's words at first: a full pipe holds them in the middle of the work."""
     long = "a-name-so-long-that-the-lines-fill-every-pipe" * 5
     tensors = {f"blocks.{i}.{long}.weight": normal(16, 16) for i in range(800)}
@@ -259,17 +260,25 @@ def test_signals_leave_no_file(tmp_path):
     for (number, folder), one in running.items():
         assert one.stderr.readline().startswith("model: not recognised")
         assert one.stderr.readline().startswith("fp8  blocks.0.")
-        (partial,) = folder.iterdir()
-        assert partial.name.endswith(".partial")
         one.send_signal(number)
         _, err = one.communicate()
-        assert (one.returncode, err.splitlines()[-1]) == (130, "error: interrupted; nothing was written"), number
-        assert list(folder.iterdir()) == []
+        last = err.splitlines()[-1]
+        assert (one.returncode, last.startswith("error: interrupted; ")) == (130, True), last
+        assert last.endswith(".partial; the same command goes on from there")
+        left = sorted(path.name for path in folder.iterdir())
+        assert left == ["out.safetensors.partial", "out.safetensors.partial.journal"]
+    convert(source, tmp_path / "whole")
+    for _, folder in running:
+        convert(source, folder / "out.safetensors")
+        assert (folder / "out.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_handlers_of_signals_are_put_back_and_nohup_is_heeded(tmp_path, source, monkeypatch):
     during = []
-    monkeypatch.setattr("lrq.pipeline._check_values", lambda *_: during.append(signal.getsignal(signal.SIGHUP)))
+    real = lrq.pipeline.quantize_layer
+    monkeypatch.setattr(
+        "lrq.pipeline.quantize_layer", lambda *a: (during.append(signal.getsignal(signal.SIGHUP)), real(*a))[1]
+    )
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]

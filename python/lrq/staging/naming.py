@@ -1,0 +1,45 @@
+"""What can go wrong with a layer, as one line that names it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from lrq.errors import InputError, UnfinishedError, printable
+from lrq.staging.tiles import Tile
+from lrq_kernels.dispatch import BackendError
+
+
+@contextlib.contextmanager
+def naming(tile: Tile) -> Iterator[None]:
+    """Inside it, errors name the layer, and where memory is short its need and what helps.
+
+    Raises:
+        InputError: a backend that can't compute it, singular directions that can't be found.
+        UnfinishedError: no memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise _shortage(tile, " of the GPU", "--max_vram auto cuts it into tiles, --device cpu") from None
+    except MemoryError:
+        raise _shortage(tile, "", "--max_ram cuts it into tiles, --low_memory") from None
+    except BackendError as error:
+        raise InputError(str(error)) from None
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        reason = str(error).partition("\n")[0]
+        name = printable(tile.layer.name)
+        raise InputError(f"layer {name}: its singular directions can't be computed ({reason}); use --simple") from None
+    except RuntimeError as error:
+        # How torch says it of the CPU's memory.
+        if "can't allocate memory" not in str(error):
+            raise
+        raise _shortage(tile, "", "--max_ram cuts it into tiles, --low_memory") from None
+
+
+def _shortage(tile: Tile, where: str, remedy: str) -> UnfinishedError:
+    name = f"layer {printable(tile.layer.name)} {list(tile.layer.source.shape)}"
+    need = f"it needs about {tile.held() / 1e6:.1f} MB and what its rounding takes"
+    return UnfinishedError(f"{name}: out of memory{where}; {need}; {remedy} and --simple need less")

@@ -1,0 +1,70 @@
+"""Memory of this process: what it is, the most it was, and kept from growing by what happens only once."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterable
+
+import torch
+
+from lrq.config import Rounding
+from lrq.rounding.solve import quantize_layer
+from lrq.staging.tiles import Tile
+
+_THRESHOLD, _LARGE = -3, 1 << 20
+"""``M_MMAP_THRESHOLD`` of glibc's mallopt: larger blocks go back to the system when they are freed."""
+_FEW_ROWS = 128
+
+
+def warm_up(tiles: Iterable[Tile], rounding: Rounding, device: torch.device) -> None:
+    """Do once, and small, what the run does: libraries, kernels and a GPU's context then count as there before."""
+    _return_large_blocks()
+    narrowest = {
+        (tile.layer.format, len(tile.shape), tile.layer.rounding(rounding)): tile
+        for tile in sorted(tiles, key=_columns, reverse=True)
+    }
+    for (fmt, _, own), tile in narrowest.items():
+        rows = min(tile.shape[-2], max(_FEW_ROWS, fmt.tile_rows))
+        few = torch.zeros(*[1] * (len(tile.shape) - 2), rows, _columns(tile), device=device)
+        if fmt.refusal(tuple(few.shape)) is None:
+            quantize_layer(fmt, few, own, 0)
+
+
+def _columns(tile: Tile) -> int:
+    return tile.shape[-1]
+
+
+def _return_large_blocks() -> None:
+    # By itself glibc raises the threshold to the largest block freed, and keeps what is smaller in its heaps.
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_THRESHOLD, _LARGE)
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    return _status("VmRSS") or peak()
+
+
+def peak() -> int:
+    """The most bytes of this process in memory so far; 0 where the system does not say."""
+    measured = _status("VmHWM")
+    if measured:
+        return measured
+    try:
+        import resource
+    except ImportError:
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _status(key: str) -> int:
+    # Not getrusage: there, a child begins with the peak of its parent.
+    try:
+        with open("/proc/self/status") as file:
+            return next((1024 * int(line.split()[1]) for line in file if line.startswith(key)), 0)
+    except OSError:
+        return 0

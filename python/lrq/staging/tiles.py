@@ -1,0 +1,115 @@
+"""A layer cut by rows, or a bank by experts, so that what is in memory fits; the stored bytes are the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lrq.checkpoint.header import tensor_size
+from lrq.checkpoint.reader import CODES
+from lrq.config import Rounding
+from lrq.formats import Format, Shape
+from lrq.selection.layer import Layer
+
+LEARNING = 7
+"""Matrices of float32 that learned rounding holds of one matrix; the eigenvectors come on top."""
+EIGENVECTORS = 8
+"""Bytes of an element of the smaller side's Gram matrix, for its eigenvectors."""
+SMALL = 1 << 20
+"""Bytes that every layer needs besides its tensors."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of a weight [N,K], or experts of a bank [E,N,K]."""
+
+    layer: Layer
+    begin: int
+    end: int
+
+    @property
+    def shape(self) -> Shape:
+        """Of this part of the weight."""
+        return (self.end - self.begin, *self.layer.source.shape[1:])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the layer."""
+        return self.shape == self.layer.source.shape
+
+    @property
+    def source_range(self) -> tuple[int, int]:
+        """First byte in the source's tensor, and bytes."""
+        row = self.layer.source.size // self.layer.source.shape[0]
+        return self.begin * row, (self.end - self.begin) * row
+
+    def places(self) -> dict[str, int]:
+        """By suffix, where in the stored tensor this tile's bytes begin; without those that an earlier tile wrote.
+
+        Rows are stored one after the other, swizzled scales in groups of 128 rows: a tile begins where the layout of
+        the rows before it ends.
+        """
+        tail = self.layer.source.shape[1:]
+        whole = self.layer.format.layout(self.layer.source.shape)
+        if not self.begin:
+            return dict.fromkeys(whole, 0)
+        before = self.layer.format.layout((self.begin, *tail))
+        return {
+            suffix: tensor_size(CODES[dtype], before[suffix][1])
+            for suffix, (dtype, shape) in whole.items()
+            if shape or suffix != self.layer.format.matrix_scale
+        }
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether its scale hangs on weights outside of it."""
+        return self.layer.format.matrix_scale is not None and len(self.shape) == 2 and not self.is_whole
+
+    def held(self) -> int:
+        """Bytes from reading it until it is written."""
+        return self.source_range[1] + _stored_size(self.layer.format, self.shape)
+
+    def work(self, rounding: Rounding) -> int:
+        """Bytes more while it is computed."""
+        rows, columns = self.shape[-2:]
+        widened = 4 * math.prod(self.shape) if self.layer.source.dtype == "F64" else 0
+        if self.layer.rounding(rounding).simple:
+            return widened + SMALL
+        banks = 12 * math.prod(self.shape) if len(self.shape) == 3 else 0
+        return widened + banks + 4 * LEARNING * rows * columns + EIGENVECTORS * min(rows, columns) ** 2 + SMALL
+
+    def need(self, rounding: Rounding) -> int:
+        """Bytes of all of it."""
+        return self.held() + self.work(rounding)
+
+
+def _stored_size(fmt: Format, shape: Shape) -> int:
+    return sum(tensor_size(CODES[dtype], stored) for dtype, stored in fmt.layout(shape).values())
+
+
+def whole(layer: Layer) -> Tile:
+    """The layer in one piece."""
+    return Tile(layer, 0, layer.source.shape[0])
+
+
+def smallest(layer: Layer, rounding: Rounding) -> Tile:
+    """The least that can be computed by itself."""
+    step = _step(layer, rounding)
+    return Tile(layer, 0, min(step, layer.source.shape[0]))
+
+
+def cut(layer: Layer, rounding: Rounding, limit: int) -> Iterator[Tile]:
+    """Tiles of at most ``limit`` bytes, held and worked on; of the smallest if those are larger."""
+    step, rows = _step(layer, rounding), layer.source.shape[0]
+    one = smallest(layer, rounding)
+    fitting = max(1, (limit - SMALL) // max(1, one.need(rounding) - SMALL)) * step
+    for begin in range(0, rows, fitting):
+        yield Tile(layer, begin, min(begin + fitting, rows))
+
+
+def _step(layer: Layer, rounding: Rounding) -> int:
+    """Rows of a tile come in multiples of this."""
+    if len(layer.source.shape) == 3:
+        return 1
+    return layer.format.tile_rows if layer.rounding(rounding).simple else layer.source.shape[0]

@@ -1,0 +1,141 @@
+"""Memory is known before the start, kept, and its bounds are refused where a layer can't fit."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lrq.pipeline
+from checkpoints import normal, run, save
+from lrq import quantize
+from lrq.errors import InputError, UnfinishedError
+from lrq.execution import Execution, parse_size
+from lrq.staging.memory import Budget, StoppedError
+
+SIMPLE = {"simple": True}
+MEGA = 10**6
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Layers of 8 and 16 MB, and as much that is only copied."""
+    tensors = {f"blocks.{i}.fc.weight": normal(1024 * (1 + i % 2), 4096, seed=i).bfloat16() for i in range(4)}
+    tensors["embedding"] = normal(4096, 1024)
+    return save(tmp_path_factory.mktemp("memory") / "in.safetensors", tensors)
+
+
+def launch(source: Path, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own: the peak of this one is another's."""
+    command = [sys.executable, "-m", "lrq.cli", "convert", "-i", source, "-o", output, *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
+
+
+def peaks(source: Path, output: Path, *flags: str) -> tuple[float, float]:
+    """Measured and predicted, in MB."""
+    done = launch(source, output, *flags)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"peak memory ([\d.]+) MB, predicted ([\d.]+) MB", done.stderr)
+    assert found is not None, done.stderr
+    return float(found[1]), float(found[2])
+
+
+@pytest.mark.parametrize(
+    ("flags", "over"),
+    # Learned rounding is predicted for the format that takes most.
+    [(("--nvfp4", "--simple"), 1.15), (("--low_memory", "--simple"), 1.15), (("--int8", "--num_iter", "1"), 1.3)],
+)
+def test_the_peak_is_as_predicted(tmp_path, source, flags, over):
+    measured, predicted = peaks(source, tmp_path / "out.safetensors", *flags)
+    assert measured <= predicted <= over * measured
+
+
+@pytest.mark.parametrize("fmt", ["--nvfp4", "--mxfp8"])
+def test_a_bound_is_kept_and_changes_no_byte(tmp_path, source, fmt):
+    free = peaks(source, tmp_path / "free.safetensors", fmt, "--simple")
+    bound = free[0] - 12
+    bounded = peaks(source, tmp_path / "bounded.safetensors", fmt, "--simple", "--max_ram", f"{bound}MB")
+    assert bounded[0] <= bound and bounded[1] <= bound + 0.1
+    assert (tmp_path / "free.safetensors").read_bytes() == (tmp_path / "bounded.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("bound", "words"), [("1MB", "leaves 0.0 MB"), ("{base}MB", "even in tiles")])
+def test_a_bound_too_small_is_refused_before_the_start_with_what_would_do(tmp_path, source, bound, words):
+    output = tmp_path / "out.safetensors"
+    result = run("convert", "-i", source, "-o", output, "--simple", "--max_ram", "1MB")
+    enough = float(re.search(r"raise it to ([\d.]+) MB", result.stderr)[1])
+    result = run("convert", "-i", source, "-o", output, "--simple", "--max_ram", bound.format(base=f"{enough - 5:.1f}"))
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and "layer blocks." in line and "4096]: needs" in line and words in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_advised_does(tmp_path, source):
+    done = launch(source, tmp_path / "out", "--simple", "--nvfp4", "--max_ram", "1MB")
+    advised = re.search(r"raise it to ([\d.]+) MB", done.stderr)[1]
+    measured, _ = peaks(source, tmp_path / "out", "--simple", "--nvfp4", "--max_ram", f"{advised}MB")
+    assert measured <= float(advised)
+
+
+def test_learned_rounding_needs_more_and_says_that_simple_does_not(tmp_path, source):
+    result = run("convert", "-i", source, "-o", tmp_path / "out", "--max_ram", "1MB")
+    # The largest is named, not the first.
+    assert "layer blocks.1.fc [2048, 4096]: needs" in result.stderr
+    assert "or add --simple, which needs less" in result.stderr
+
+
+@pytest.mark.parametrize("size", ["", "0", "-1GB", "eight", "1e9", "9" * 40, "5 PB"])
+def test_a_size_that_is_none_is_refused(tmp_path, source, size):
+    result = run("convert", "-i", source, "-o", tmp_path / "out", "--max_ram", size)
+    assert result.exit_code == 2 and "must be a size, as 8GB or 500MiB" in result.stderr
+
+
+def test_sizes():
+    read = {text: parse_size("--max_ram", text) for text in ("5GB", "1.5 GiB", "100000", "2m", "3kib")}
+    assert list(read.values()) == [5 * 10**9, 3 * 2**29, 100000, 2 * MEGA, 3072]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_names_the_layer_its_need_and_what_helps(tmp_path, source, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(lrq.pipeline, "quantize_layer", fail)
+    with pytest.raises(UnfinishedError, match=r"layer blocks\.0\.fc \[1024, 4096\]: out of memory") as caught:
+        quantize(source, tmp_path / "out.safetensors", **SIMPLE)
+    flag = "--max_vram auto" if isinstance(error, torch.OutOfMemoryError) else "--max_ram"
+    assert "needs about 12.6 MB" in str(caught.value) and flag in str(caught.value) and "--simple" in str(caught.value)
+
+
+def test_memory_short_while_reading_names_the_layer_too(tmp_path, source, monkeypatch):
+    def fail(place, size):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lrq.staging.places.Host.take", fail)
+    for execution in (Execution(), Execution(low_memory=True)):
+        with pytest.raises(UnfinishedError, match=r"layer blocks\.\d\.fc .*: out of memory of the GPU"):
+            quantize(source, tmp_path / "out.safetensors", execution=execution, **SIMPLE)
+
+
+def test_a_budget_lets_one_larger_than_all_pass_alone_and_wakes_who_waits_when_it_stops():
+    budget = Budget(10)
+    budget.take(30)
+    budget.give(30)
+    budget.take(10)
+    budget.stop()
+    with pytest.raises(StoppedError):
+        budget.take(1)
+
+
+@pytest.mark.parametrize("settings", [{"execution": Execution(max_vram="much")}, {"max_vram": "much"}])
+def test_the_call_takes_the_flags_too(tmp_path, source, settings):
+    with pytest.raises(InputError, match="--max_vram much: must be a size"):
+        quantize(source, tmp_path / "out", **settings, **SIMPLE)
