@@ -96,8 +96,8 @@ class Rounding:
     )
     optimizer: str = _setting(
         "discrete",
-        "What chooses the codes: discrete and coordinate_descent move weights on the grid; original (gradient descent), "
-        "adamw and radam move a relaxation of them, whose codes count.",
+        "What chooses the codes: discrete and coordinate_descent move weights on the grid; original (gradient "
+        "descent), adamw and radam move a relaxation of them, whose codes count.",
         choices=("discrete", "coordinate_descent", "original", "adamw", "radam"),
     )
     num_iter: int = _setting(
@@ -119,9 +119,17 @@ class Rounding:
         "input", "Sides whose leading directions count extra: the inputs', or both.", choices=("input", "both")
     )
     plain_weight: float = _setting(3.0, "λ, the weight of the plain error.", minimum=0.0, maximum=1e6)
-    spectrum: float = _setting(
-        1.0, "p: an input direction of singular value σ counts as σ^p.", minimum=0.0, maximum=8.0
+    spectrum: float | None = _setting(
+        None,
+        "p: an input direction of singular value σ counts as σ^p [default: 1, or 0 with --projection both].",
+        minimum=0.0,
+        maximum=8.0,
     )
+
+    @property
+    def direction_power(self) -> float:
+        """``spectrum`` with its default filled in."""
+        return self.spectrum if self.spectrum is not None else float(self.projection == "input")
 
     def check(self) -> None:
         """Raise :class:`InputError` for a combination that has no meaning."""

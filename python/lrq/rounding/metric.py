@@ -110,8 +110,8 @@ def subspace_size(shape: tuple[int, ...], top_p: float, min_k: int, max_k: int) 
 def weight_metric(w: Tensor, rounding: Rounding) -> Metric:
     """The metric of weights [B,N,K] by their own leading directions; ``rounding.projection`` names the sides.
 
-    The largest weight is near 1, for the float32 range of the Gram matrix. An input direction of singular value σ counts
-    as ``σ^spectrum``, scaled so that the mean square of these is 1.
+    The largest weight is near 1, for the float32 range of the Gram matrix. An input direction of singular value σ
+    counts as ``σ^spectrum``, scaled so that the mean square of these is 1.
     """
     k = subspace_size(tuple(w.shape), rounding.top_p, rounding.min_k, rounding.max_k)
     left = None
@@ -119,7 +119,7 @@ def weight_metric(w: Tensor, rounding: Rounding) -> Metric:
         left, right, values = leading_subspaces(w, k)
     else:
         right, values = leading_subspace(w, k)
-    weights = values.pow(rounding.spectrum)[:, None]
+    weights = values.pow(rounding.direction_power)[:, None]
     norm = weights.square().mean(-1, keepdim=True).sqrt()
     plain_weight = torch.full((len(w),), rounding.plain_weight, device=w.device)
     return Metric(right * torch.where(norm > 0, weights / norm, 1.0), plain_weight, left)

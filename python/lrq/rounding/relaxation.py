@@ -3,7 +3,8 @@
 Every weight is free to move by up to one step of the grid to either side of its source; its code is the nearest one.
 The gradient is that of the objective with the codes in place of all weights but the one that it belongs to, whose own
 part is that of its relaxed value: a straight-through estimate (Bengio, Léonard and Courville, 2013) without the pull
-that makes weights swing between two codes. At rest each code is the best one for the others. All iterates are on the grid, and the best of them is kept. Matrices of a batch are decided about on the device.
+that makes weights swing between two codes. At rest each code is the best one for the others. All iterates are on the
+grid, and the best of them is kept. Matrices of a batch are decided about on the device.
 """
 
 from __future__ import annotations
