@@ -98,20 +98,42 @@ class Rounding:
         minimum=0.0,
         maximum=1e6,
     )
-    num_iter: int = _setting(1000, "Sweeps of learned rounding at most; it stops when nothing moves.", minimum=1)
+    optimizer: str = _setting(
+        "discrete",
+        "What chooses the codes: discrete and coordinate_descent move weights on the grid; original (gradient "
+        "descent), adamw and radam move a relaxation of them, whose codes count.",
+        choices=("discrete", "coordinate_descent", "original", "adamw", "radam"),
+    )
+    num_iter: int = _setting(
+        1000, "Iterations of learned rounding at most; it stops when the error no longer falls.", minimum=1
+    )
+    lr: float = _setting(0.05, "Learning rate of a relaxation, in steps of the grid.", minimum=0.0, maximum=1e6)
+    lr_schedule: str = _setting(
+        "adaptive",
+        "How the learning rate changes: with the success of each iteration, by a constant factor, or when the error "
+        "no longer falls.",
+        choices=("adaptive", "exponential", "plateau"),
+    )
     top_p: float = _setting(
         0.4, "Share of the weight's singular directions whose error counts extra.", minimum=0.0, maximum=1.0
     )
     min_k: int = _setting(64, "Fewest directions.", minimum=1)
     max_k: int = _setting(1280, "Most directions.", minimum=1)
+    projection: str = _setting(
+        "input", "Sides whose leading directions count extra: the inputs', or both.", choices=("input", "both")
+    )
+    plain_weight: float = _setting(3.0, "λ, the weight of the plain error.", minimum=0.0, maximum=1e6)
+    spectrum: float | None = _setting(
+        None,
+        "p: an input direction of singular value σ counts as σ^p [default: 1, or 0 with --projection both].",
+        minimum=0.0,
+        maximum=8.0,
+    )
 
-    plain_weight: float = field(
-        default=3.0,
-        metadata={"meaning": "λ, the weight of the plain error.", "flag": False, "minimum": 0.0, "maximum": 1e6},
-    )
-    spectrum: float = _setting(
-        1.0, "p: a direction of singular value σ counts as σ^p.", flag=False, minimum=0.0, maximum=8.0
-    )
+    @property
+    def direction_power(self) -> float:
+        """``spectrum`` with its default filled in."""
+        return self.spectrum if self.spectrum is not None else float(self.projection == "input")
 
     def check(self) -> None:
         """Raise :class:`InputError` for a combination that has no meaning."""
@@ -161,7 +183,11 @@ class Selection:
 
 
 _OF_SEARCH = ("scale_search", "coherence")
-_OF_LEARNING = ("num_iter", "top_p", "min_k", "max_k", "plain_weight", "spectrum", "seed")
+_OF_RELAXATION = ("lr", "lr_schedule")
+_OF_LEARNING = (
+    *("optimizer", "num_iter", *_OF_RELAXATION, "top_p", "min_k", "max_k"),
+    *("projection", "plain_weight", "spectrum", "seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -171,7 +197,7 @@ class Conversion:
     storage: Storage = field(default_factory=Storage)
     rounding: Rounding = field(default_factory=Rounding)
     selection: Selection = field(default_factory=Selection)
-    seed: int = _setting(0, "Seed of the order in which learned rounding visits columns.", minimum=0)
+    seed: int = _setting(0, "Seed of the choices of learned rounding.", minimum=0)
 
     def check(self) -> None:
         """Raise :class:`InputError` for values or combinations that have no meaning."""
@@ -196,9 +222,13 @@ class Conversion:
         reasons = {
             **({} if searches else dict.fromkeys(_OF_SEARCH, f"{family.upper()} has no block scales to search")),
             **({"coherence": "--scale_search off"} if searches and not self.rounding.scale_search else {}),
+            **(dict.fromkeys(_OF_RELAXATION, f"--optimizer {self.rounding.optimizer}") if self._on_the_grid() else {}),
             **(dict.fromkeys(_OF_LEARNING, "--simple") if self.rounding.simple else {}),
         }
         return [f"--{name} has no effect: {reasons[name]}" for name in sorted(changed & reasons.keys())]
+
+    def _on_the_grid(self) -> bool:
+        return self.rounding.optimizer in ("discrete", "coordinate_descent")
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Conversion:

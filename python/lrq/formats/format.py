@@ -51,6 +51,10 @@ class Format(ABC):
         """Why a weight of this shape can't be stored, or None."""
         return None
 
+    @abstractmethod
+    def block_shape(self, shape: Shape) -> tuple[int, int]:
+        """Rows and columns of the prepared weight that share a scale."""
+
     def marker(self) -> dict[str, Any]:
         """The keys of the layer's marker."""
         return {"format": self.marker_name}

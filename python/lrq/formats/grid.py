@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lrq_kernels.minifloat import encode_e4m3, nearest_e2m1
+from lrq_kernels.ops.rounding_step import GRIDS
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,12 @@ class Grid:
     name: str
     largest: float
     nearest: Callable[[Tensor], Tensor]
+
+    def gap(self, y: Tensor) -> Tensor:
+        """Distance of the two grid values around y, float32."""
+        spacing = GRIDS[self.name.lower()]
+        exponent = (torch.frexp(y).exponent - 1).clamp(min=spacing.exponent)
+        return torch.ldexp(torch.ones_like(y), exponent - spacing.mantissa)
 
 
 E2M1 = Grid("E2M1", 6.0, nearest_e2m1)

@@ -29,6 +29,9 @@ class Mxfp8(Format):
     def name(self) -> str:
         return "mxfp8"
 
+    def block_shape(self, shape: Shape) -> tuple[int, int]:
+        return 1, BLOCK
+
     def quantize(self, w: Tensor, coherence: float | None, matrix_scale: Tensor | None = None) -> Tensors:
         codes, block_scales = lrq_kernels.quantize_mxfp8(w, coherence)
         return {"weight": codes, "weight_scale": block_scales}

@@ -33,6 +33,9 @@ class Nvfp4(Format):
     def name(self) -> str:
         return "nvfp4"
 
+    def block_shape(self, shape: Shape) -> tuple[int, int]:
+        return 1, BLOCK
+
     def quantize(self, w: Tensor, coherence: float | None, matrix_scale: Tensor | None = None) -> Tensors:
         codes, block_scales, tensor_scale = lrq_kernels.quantize_nvfp4(w, matrix_scale, coherence)
         return {"weight": codes, "weight_scale": block_scales, "weight_scale_2": tensor_scale}

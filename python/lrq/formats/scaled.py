@@ -32,6 +32,10 @@ class Scaled(Format):
             return f"N and K must be multiples of the block {self.block}, got {shape[-2]} x {shape[-1]}"
         return None
 
+    def block_shape(self, shape: Shape) -> tuple[int, int]:
+        rows, columns = shape[-2:]
+        return {"tensor": (rows, columns), "row": (1, columns), "block": (self.block, self.block)}[self.scaling]
+
     def expand(self, tensors: Tensors, shape: Shape) -> tuple[Tensor, Tensor]:
         values = tensors["weight"].float()
         return values, expand_scale(tensors["weight_scale"], values.shape)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lrq.config import Rounding
 from lrq.rounding.problem import Problem, Solution
 
 BLOCK = 128
@@ -18,28 +19,34 @@ GAIN = 1e-4
 """A weight moves if that brings it nearer to its minimum by this share of the way: float32 noise moves nothing."""
 
 
-def coordinate_descent(problem: Problem, num_iter: int) -> Solution:
-    """Sweep until no weight can gain by moving alone, at most ``num_iter`` times."""
-    values = problem.start.clone()
-    columns = values.shape[1]
-    scale = problem.scale.expand(values.shape)
+def coordinate_descent(problem: Problem, rounding: Rounding) -> Solution:
+    """Sweep until no weight can gain by moving alone, at most ``num_iter`` times; one matrix after the other."""
+    count = len(problem.weight)
+    each = [_descend(problem.select(torch.tensor([i])), rounding.num_iter) for i in range(count)]
+    values, iterations, stopped = zip(*each, strict=True)
+    return Solution(torch.cat(values), list(iterations), list(stopped))
+
+
+def _descend(problem: Problem, num_iter: int) -> tuple[Tensor, int, str]:
+    values = problem.start.float()
+    scale = problem.spread_scale().expand(values.shape)
     generator = torch.Generator().manual_seed(problem.seed)
-    starts = range(0, columns, BLOCK)
+    starts = range(0, values.shape[2], BLOCK)
     for sweep in range(1, num_iter + 1):
         # Afresh in every sweep, so that float32 updates can't drift.
         projected = problem.projected(values)
         moved = False
         for position in torch.randperm(len(starts), generator=generator).tolist():
             part = slice(starts[position], starts[position] + BLOCK)
-            block = _Block(problem, values[:, part], scale[:, part], part, projected)
+            block = _Block(problem, values[0, :, part], scale[0, :, part], part, projected[0])
             change = block.descend()
             if change is not None:
                 moved = True
-                values[:, part] = block.values.mT
-                projected += problem.metric.project_block(change.mT, part)
+                values[0, :, part] = block.values.mT
+                projected += problem.metric.project_block(change.mT[None], part)
         if not moved:
-            return Solution(values, sweep, "converged")
-    return Solution(values, num_iter, "num_iter reached")
+            return values.bfloat16(), sweep, "converged"
+    return values.bfloat16(), num_iter, "num_iter reached"
 
 
 class _Block:
@@ -49,12 +56,12 @@ class _Block:
         metric = problem.metric
         self.nearest, self.plain = problem.grid.nearest, metric.plain_weight
         self.values, self.scale = values.mT.contiguous(), scale.mT.contiguous()
-        self.weight = problem.weight[:, part].mT.contiguous()
+        self.weight = problem.weight[0, :, part].mT.contiguous()
         self.error = self.values * self.scale - self.weight
-        directions = metric.right[part]
+        directions = metric.right[0, part]
         self.gram = directions @ directions.mT
         self.curvature = self.gram.diagonal()[:, None] + self.plain
-        outer = projected if metric.left is None else metric.left @ projected
+        outer = projected if metric.left is None else metric.left[0] @ projected
         self.gradient = directions @ outer.mT
 
     def _wanted(self, columns: int | slice) -> tuple[Tensor, Tensor]:

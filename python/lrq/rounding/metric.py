@@ -2,53 +2,103 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lrq.config import Rounding
 
-def sum_of_squares(x: Tensor) -> float:
-    """Sum of the squares of x [N,K] in float64, a part of x at a time."""
-    rows = max(1, (1 << 20) // x.shape[1])
-    return sum(part.double().square().sum().item() for part in x.split(rows))
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Sum of the squares of every matrix of x [B,N,K], float64 [B], a part of x at a time."""
+    rows = max(1, (1 << 20) // (x.shape[0] * x.shape[2]))
+    total = x.new_zeros(len(x), dtype=torch.float64)
+    for part in x.split(rows, 1):
+        total += part.double().square().sum((1, 2))
+    return total
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A quadratic form over errors [N,K]; smaller is better."""
+    """A quadratic form over errors [B,N,K], one for each matrix; smaller is better."""
 
     right: Tensor
-    """V, float32 [K,k], orthogonal columns: the input directions that count more, as long as they count."""
-    plain_weight: float
-    """λ, the weight of the plain error |E|^2."""
+    """V, [B,K,k], orthogonal columns: the input directions that count more, as long as they count."""
+    plain_weight: Tensor
+    """λ, the weight of the plain error |E|^2, float32 [B]."""
     left: Tensor | None = None
-    """U, float32 [N,k'], orthonormal columns; None: the identity, every output counts."""
+    """U, [B,N,k'], orthonormal columns; None: the identity, every output counts."""
+
+    def project(self, error: Tensor) -> Tensor:
+        """``U'EV``."""
+        inner = error @ self.right
+        return inner if self.left is None else self.left.mT @ inner
 
     def project_block(self, error: Tensor, columns: slice) -> Tensor:
-        """The part of ``U'EV`` that an error [N,columns] contributes."""
-        inner = error @ self.right[columns]
+        """The part of ``U'EV`` that an error [B,N,columns] contributes."""
+        inner = error @ self.right[:, columns]
         return inner if self.left is None else self.left.mT @ inner
+
+    def gradient(self, projected: Tensor) -> Tensor:
+        """``UPV'`` of P = U'EV: half the gradient of |U'EV|^2."""
+        outer = projected if self.left is None else self.left @ projected
+        return outer @ self.right.mT
+
+    def curvature(self) -> tuple[Tensor | None, Tensor]:
+        """diag(UU') [B,N], None where U is the identity, and diag(VV') [B,K], float32."""
+        row = None if self.left is None else self.left.float().square().sum(-1)
+        return row, self.right.float().square().sum(-1)
+
+    def to(self, dtype: torch.dtype) -> Metric:
+        """The same with directions of another dtype."""
+        left = None if self.left is None else self.left.to(dtype)
+        return replace(self, right=self.right.to(dtype), left=left)
+
+    def select(self, index: Tensor) -> Metric:
+        """That of some matrices of the batch."""
+        left = None if self.left is None else self.left[index]
+        return Metric(self.right[index], self.plain_weight[index], left)
 
 
 def leading_directions(w: Tensor, count: int) -> Tensor:
-    """The ``count`` leading right singular vectors of w [N,K], as columns, in w's dtype (float32 or float64)."""
+    """The ``count`` leading right singular vectors of w [..,N,K], as columns, in w's dtype (float32 or float64)."""
     return leading_subspace(w, count)[0]
 
 
 def leading_subspace(w: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` leading right singular vectors of w [N,K], as columns, and their singular values, rising.
+    """The ``count`` leading right singular vectors of w [..,N,K], as columns, and their singular values, rising.
 
     By the eigenvectors of the Gram matrix of the smaller side: exact, unlike a range finder, which misses a part of
     the subspace of heavy-tailed weights.
     """
-    rows, columns = w.shape
-    squares, vectors = torch.linalg.eigh(w.mT @ w if columns <= rows else w @ w.mT)
-    values, vectors = squares[-count:].clamp(min=0).sqrt(), vectors[:, -count:].contiguous()
-    if columns > rows:
-        # W'u has length σ: QR makes the directions of tiny σ, whose lengths are noise, orthonormal as well.
-        vectors = torch.linalg.qr(w.mT @ vectors).Q
-    return vectors, values
+    left, right, values = _leading(w, count)
+    if right is None:
+        assert left is not None
+        right = _other_side(w.mT, left)
+    return right, values
+
+
+def leading_subspaces(w: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same on both sides: left [..,N,count] and right [..,K,count] singular vectors, and the singular values."""
+    left, right, values = _leading(w, count)
+    if right is None:
+        assert left is not None
+        return left, _other_side(w.mT, left), values
+    return _other_side(w, right), right, values
+
+
+def _leading(w: Tensor, count: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    rows, columns = w.shape[-2:]
+    tall = columns <= rows
+    squares, vectors = torch.linalg.eigh(w.mT @ w if tall else w @ w.mT)
+    values, vectors = squares[..., -count:].clamp(min=0).sqrt(), vectors[..., -count:].contiguous()
+    return (None, vectors, values) if tall else (vectors, None, values)
+
+
+def _other_side(w: Tensor, vectors: Tensor) -> Tensor:
+    # W'u has length σ: QR makes the directions of tiny σ, whose lengths are noise, orthonormal as well.
+    return torch.linalg.qr(w @ vectors).Q
 
 
 def subspace_size(shape: tuple[int, ...], top_p: float, min_k: int, max_k: int) -> int:
@@ -57,16 +107,19 @@ def subspace_size(shape: tuple[int, ...], top_p: float, min_k: int, max_k: int) 
     return max(1, min(max(int(top_p * smaller), min_k), max_k, smaller))
 
 
-def input_metric(w: Tensor, top_p: float, min_k: int, max_k: int, plain_weight: float, spectrum: float) -> Metric:
-    """The default metric of a weight [N,K]: its own leading input directions, every output.
+def weight_metric(w: Tensor, rounding: Rounding) -> Metric:
+    """The metric of weights [B,N,K] by their own leading directions; ``rounding.projection`` names the sides.
 
-    A direction of singular value σ counts as ``σ^spectrum``, scaled so that the mean square of these weights is 1.
+    The largest weight is near 1, for the float32 range of the Gram matrix. An input direction of singular value σ
+    counts as ``σ^spectrum``, scaled so that the mean square of these is 1.
     """
-    k = subspace_size(tuple(w.shape), top_p, min_k, max_k)
-    largest = w.aminmax()
-    unit = torch.maximum(largest.max, -largest.min)
-    # The subspace does not depend on the weight's unit, the float32 range of its Gram matrix does.
-    directions, values = leading_subspace(w / torch.where(unit > 0, unit, 1.0), k)
-    weights = values.pow(spectrum)
-    norm = weights.square().mean().sqrt()
-    return Metric(directions * torch.where(norm > 0, weights / norm, 1.0), plain_weight)
+    k = subspace_size(tuple(w.shape), rounding.top_p, rounding.min_k, rounding.max_k)
+    left = None
+    if rounding.projection == "both":
+        left, right, values = leading_subspaces(w, k)
+    else:
+        right, values = leading_subspace(w, k)
+    weights = values.pow(rounding.direction_power)[:, None]
+    norm = weights.square().mean(-1, keepdim=True).sqrt()
+    plain_weight = torch.full((len(w),), rounding.plain_weight, device=w.device)
+    return Metric(right * torch.where(norm > 0, weights / norm, 1.0), plain_weight, left)

@@ -1,10 +1,9 @@
-"""One matrix to be rounded, and what a solver made of it."""
+"""Matrices to be rounded together, and what a solver made of them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,58 +17,85 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Problem:
-    """Choose grid values q [N,K] so that ``metric(q·scale − weight)`` is small."""
+    """Choose grid values q [B,N,K] so that ``metric(q·scale − weight)`` is small, for each of B matrices."""
 
     weight: Tensor
-    """float32 [N,K]."""
+    """float32 [B,N,K]."""
     scale: Tensor
-    """float32, broadcasts to [N,K], not negative; where it is 0 the value stays 0."""
+    """float32 [B,ceil(N/rows),ceil(K/columns)], not negative; where it is 0 the value stays 0."""
+    block: tuple[int, int]
+    """Rows and columns that share a scale."""
     start: Tensor
-    """float32 [N,K]: the nearest grid values."""
+    """bfloat16 [B,N,K], which holds every grid value: the nearest ones."""
     grid: Grid
     metric: Metric
     seed: int
 
-    def error(self, values: Tensor) -> Tensor:
-        """E = q·scale − W."""
-        return (values * self.scale).sub_(self.weight)
+    def spread_scale(self, rows: slice = slice(None)) -> Tensor:
+        """The scale of every weight of some rows; broadcasts to [B,rows,K]."""
+        count, columns = self.weight.shape[1:]
+        index = torch.arange(count, device=self.scale.device)[rows] // self.block[0]
+        scale = self.scale[:, index]
+        return scale if scale.shape[2] == 1 else scale.repeat_interleave(self.block[1], 2)[..., :columns]
 
     def errors(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """E by rows, a part at a time: whole, it would take as much memory as the weight."""
-        scale = self.scale.expand(self.weight.shape)
-        rows = max(1, CHUNK // self.weight.shape[1])
-        for first in range(0, len(self.weight), rows):
-            part = slice(first, first + rows)
-            yield part, (values[part] * scale[part]).sub_(self.weight[part])
+        """E = q·scale − W by rows, a part at a time: whole, it would take as much memory as the weight."""
+        count, rows, columns = self.weight.shape
+        step = max(1, CHUNK // (count * columns))
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            yield part, (values[:, part].float() * self.spread_scale(part)).sub_(self.weight[:, part])
+
+    def error(self, values: Tensor) -> Tensor:
+        """E = q·scale − W, float32 [B,N,K]."""
+        return torch.cat([error for _, error in self.errors(values)], 1)
 
     def projected(self, values: Tensor) -> Tensor:
         """``U'EV``."""
-        inner = self.weight.new_empty(len(self.weight), self.metric.right.shape[1])
+        inner = self.weight.new_empty(*self.weight.shape[:2], self.metric.right.shape[2])
         for part, error in self.errors(values):
-            torch.matmul(error, self.metric.right, out=inner[part])
+            inner[:, part] = error @ self.metric.right
         return inner if self.metric.left is None else self.metric.left.mT @ inner
 
-    def plain(self, values: Tensor) -> float:
-        """``|E|^2``, summed in float64."""
-        return sum(sum_of_squares(error) for _, error in self.errors(values))
+    def plain(self, values: Tensor) -> Tensor:
+        """``|E|^2``, float64 [B]."""
+        total = self.weight.new_zeros(len(self.weight), dtype=torch.float64)
+        for _, error in self.errors(values):
+            total += sum_of_squares(error)
+        return total
 
-    def objective(self, values: Tensor) -> float:
-        """``|U'EV|^2 + λ|E|^2``, summed in float64."""
+    def objective(self, values: Tensor) -> Tensor:
+        """``|U'EV|^2 + λ|E|^2``, float64 [B]."""
         return sum_of_squares(self.projected(values)) + self.metric.plain_weight * self.plain(values)
+
+    def select(self, index: Tensor) -> Problem:
+        """Some matrices of the batch."""
+        parts = {name: getattr(self, name)[index] for name in ("weight", "scale", "start")}
+        return replace(self, **parts, metric=self.metric.select(index))
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Grid values and how they were found."""
+    """Grid values of every matrix and how they were found."""
 
     values: Tensor
-    """float32 [N,K], on the grid."""
-    iterations: int
-    stopped: str
+    """bfloat16 [B,N,K], on the grid."""
+    iterations: list[int]
+    stopped: list[str]
     """Why the solver stopped."""
 
 
-def relative_error(problem: Problem, values: Tensor) -> float:
-    """|E|/|E0|, E0 the error of round-to-nearest with the same scales; 1 if that is zero."""
+def relative_error(problem: Problem, values: Tensor) -> Tensor:
+    """|E|/|E0| of every matrix, E0 the error of round-to-nearest with the same scales; 1 if that is zero."""
     start = problem.plain(problem.start)
-    return math.sqrt(problem.plain(values) / start) if start > 0 else 1.0
+    return torch.where(start > 0, (problem.plain(values) / start).sqrt(), 1.0)
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Of matrix products in a solver's loop: bfloat16, summed in float32, where that is the fast one."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def squares(x: Tensor) -> Tensor:
+    """Sum of the squares of every matrix of x, float32 [B], in one pass."""
+    return torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float32).square()

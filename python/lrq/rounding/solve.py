@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,11 +12,17 @@ from torch import Tensor
 from lrq.config import Rounding
 from lrq.formats import Format, Tensors
 from lrq.rounding.coordinate_descent import coordinate_descent
-from lrq.rounding.metric import Metric, input_metric
+from lrq.rounding.discrete import discrete
+from lrq.rounding.metric import weight_metric
 from lrq.rounding.problem import Problem, Solution, relative_error
+from lrq.rounding.relaxation import AdamW, Original, RAdam, Relaxation
 
-SOLVERS: dict[str, Callable[[Problem, int], Solution]] = {
+SOLVERS: dict[str, Callable[[Problem, Rounding], Solution]] = {
+    "discrete": discrete,
     "coordinate_descent": coordinate_descent,
+    "original": Relaxation(Original),
+    "adamw": Relaxation(AdamW),
+    "radam": Relaxation(RAdam),
 }
 
 FROBENIUS_LIMIT = 1.05
@@ -30,6 +36,7 @@ class Outcome:
     iterations: int
     stopped: str
     objective_before: float
+    """In units of the power of two above the largest weight."""
     objective_after: float
 
 
@@ -46,42 +53,62 @@ def quantize_layer(fmt: Format, w: Tensor, rounding: Rounding, seed: int) -> tup
     if rounding.simple:
         return tensors, []
     shape = tuple(w.shape)
-    prepared = fmt.prepare(w)
-    values, scale = fmt.expand(tensors, shape)
-    if len(shape) == 2:
-        values, outcome = _learn(fmt, prepared, values, scale, rounding, seed)
-        return fmt.with_codes(tensors, values), [outcome]
-    outcomes = []
-    for i, (matrix, start, one_scale) in enumerate(zip(prepared, values, _each(scale, shape[0]), strict=True)):
-        values[i], outcome = _learn(fmt, matrix, start, one_scale, rounding, seed + i)
-        outcomes.append(outcome)
-    return fmt.with_codes(tensors, values), outcomes
+    values, outcomes = learn(problem_of(fmt, w, tensors, rounding, seed), rounding)
+    return fmt.with_codes(tensors, values.view(shape).float()), outcomes
 
 
-def _each(scale: Tensor, count: int) -> list[Tensor]:
-    return list(scale.expand(count, *scale.shape[1:]))
+def quantize_layers(
+    fmt: Format, weights: Sequence[Tensor], rounding: Rounding, seed: int
+) -> list[tuple[Tensors, list[Outcome]]]:
+    """The same for weights [N,K] of one shape and dtype, rounded together: many small layers keep a GPU busy."""
+    tensors, outcomes = quantize_layer(fmt, torch.stack(list(weights)), rounding, seed)
+    each = [{suffix: stored[i] for suffix, stored in tensors.items()} for i in range(len(weights))]
+    return [(one, outcomes[i : i + 1]) for i, one in enumerate(each)]
 
 
-def _learn(
-    fmt: Format, w: Tensor, start: Tensor, scale: Tensor, rounding: Rounding, seed: int
-) -> tuple[Tensor, Outcome]:
-    metric = input_metric(w, rounding.top_p, rounding.min_k, rounding.max_k, rounding.plain_weight, rounding.spectrum)
-    problem = Problem(w, scale, start, fmt.grid, metric, seed)
-    return learn(problem, rounding)
+def problem_of(fmt: Format, w: Tensor, tensors: Tensors, rounding: Rounding, seed: int) -> Problem:
+    """The problem of a weight [N,K] or [E,N,K] whose scales are stored already, in units of a power of two."""
+    shape = tuple(w.shape)
+    rows, columns = shape[-2:]
+    prepared = fmt.prepare(w).view(-1, rows, columns)
+    start, scale = fmt.expand(tensors, shape)
+    block = fmt.block_shape(shape)
+    scale = scale.expand(shape)
+    compact = scale[..., :: block[0], :: block[1]].reshape(len(prepared), -(-rows // block[0]), -1)
+    # Squares of very large or small weights leave float32; those of weights near 1 don't.
+    low, high = prepared.flatten(1).aminmax(dim=1)
+    exponent = -torch.frexp(torch.maximum(high, -low)).exponent[:, None, None]
+    prepared, compact = _times_power(prepared, exponent), _times_power(compact, exponent)
+    start = start.bfloat16().view(prepared.shape)
+    return Problem(prepared, compact, block, start, fmt.grid, weight_metric(prepared, rounding), seed)
 
 
-def learn(problem: Problem, rounding: Rounding) -> tuple[Tensor, Outcome]:
-    """Grid values [N,K] of a problem: never worse than the start in its metric, |E| within :data:`FROBENIUS_LIMIT`."""
-    before = problem.objective(problem.start)
-    attempt = problem
+def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
+    # In two steps: 2^exponent itself may leave float32.
+    half = exponent // 2
+    return torch.ldexp(torch.ldexp(x, half), exponent - half).contiguous()
+
+
+def learn(problem: Problem, rounding: Rounding) -> tuple[Tensor, list[Outcome]]:
+    """Grid values [B,N,K] of a problem: never worse than the start in its metric, |E| in :data:`FROBENIUS_LIMIT`."""
+    solve = SOLVERS[rounding.optimizer]
+    solution = solve(problem, rounding)
+    values, iterations, stopped = solution.values, solution.iterations, solution.stopped
+    plain_weight = problem.metric.plain_weight.clone()
     while True:
-        solution = SOLVERS["coordinate_descent"](attempt, rounding.num_iter)
-        if not relative_error(problem, solution.values) > FROBENIUS_LIMIT:
+        over = (relative_error(problem, values) > FROBENIUS_LIMIT).nonzero()[:, 0]
+        if not len(over):
             break
-        raised = Metric(attempt.metric.right, 2 * max(attempt.metric.plain_weight, 0.05), attempt.metric.left)
-        attempt = Problem(problem.weight, problem.scale, problem.start, problem.grid, raised, problem.seed)
-    after = problem.objective(solution.values)
-    if after > before:
-        # Raising λ, or float32 in the last bits of a perfect fit, may lose against the start.
-        return problem.start, Outcome(solution.iterations, "nearest is best", before, before)
-    return solution.values, Outcome(solution.iterations, solution.stopped, before, after)
+        plain_weight[over] = 2 * plain_weight[over].clamp(min=0.05)
+        metric = replace(problem.metric, plain_weight=plain_weight)
+        solution = solve(replace(problem, metric=metric).select(over), rounding)
+        values = values.index_copy(0, over, solution.values)
+        for position, i in enumerate(over.tolist()):
+            iterations[i], stopped[i] = solution.iterations[position], solution.stopped[position]
+    before, after = problem.objective(problem.start), problem.objective(values)
+    # Raising λ, or float32 in the last bits of a perfect fit, may lose against the start.
+    lost = after > before
+    values = torch.where(lost[:, None, None], problem.start, values)
+    after = torch.minimum(before, after).tolist()
+    stopped = ["nearest is best" if i else why for i, why in zip(lost.tolist(), stopped, strict=True)]
+    return values, list(map(Outcome, iterations, stopped, before.tolist(), after))

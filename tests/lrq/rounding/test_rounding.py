@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from lrq.config import Rounding
 from lrq.formats import FORMATS, Format
+from lrq.rounding import discrete
 from lrq.rounding.coordinate_descent import coordinate_descent
-from lrq.rounding.metric import Metric, input_metric, leading_directions, subspace_size, sum_of_squares
+from lrq.rounding.metric import leading_directions, subspace_size, sum_of_squares
 from lrq.rounding.problem import Problem
-from lrq.rounding.solve import FROBENIUS_LIMIT, layer_seed, learn, quantize_layer
+from lrq.rounding.solve import FROBENIUS_LIMIT, SOLVERS, layer_seed, learn, problem_of, quantize_layer, quantize_layers
 from samples import gaussian, low_rank, student
 
 LAYERS = {
@@ -23,13 +26,9 @@ LAYERS = {
 }
 
 
-def problem_of(fmt: Format, w: Tensor, rounding: Rounding = Rounding(), left: Tensor | None = None) -> Problem:  # noqa: B008
-    prepared = fmt.prepare(w)
-    values, scale = fmt.expand(fmt.quantize(w, rounding.coherence), tuple(w.shape))
-    metric = input_metric(
-        prepared, rounding.top_p, rounding.min_k, rounding.max_k, rounding.plain_weight, rounding.spectrum
-    )
-    return Problem(prepared, scale, values, fmt.grid, Metric(metric.right, metric.plain_weight, left), seed=1)
+def problem_for(fmt: Format, w: Tensor, rounding: Rounding = Rounding()) -> Problem:  # noqa: B008
+    tensors = fmt.quantize(w, rounding.coherence)
+    return problem_of(fmt, w, tensors, rounding, seed=1)
 
 
 def cases() -> list:
@@ -44,15 +43,15 @@ def cases() -> list:
 
 @pytest.mark.parametrize(("fmt", "w"), cases())
 def test_better_in_its_metric_and_frobenius_bounded(fmt: Format, w: Tensor) -> None:
-    problem = problem_of(fmt, w)
-    values, outcome = learn(problem, Rounding())
+    problem = problem_for(fmt, w)
+    values, (outcome,) = learn(problem, Rounding())
     before, after = (problem.objective(v) for v in (problem.start, values))
     assert outcome.objective_before == pytest.approx(before)
     assert outcome.objective_after == pytest.approx(after)
     assert after < before
     assert sum_of_squares(problem.projected(values)) < 0.97 * sum_of_squares(problem.projected(problem.start))
     assert problem.error(values).norm() <= FROBENIUS_LIMIT * problem.error(problem.start).norm()
-    assert torch.equal(fmt.grid.nearest(values), values)
+    assert torch.equal(fmt.grid.nearest(values.float()).bfloat16(), values)
     assert outcome.stopped == "converged"
 
 
@@ -61,7 +60,7 @@ def test_what_is_stored_has_the_reported_error(name: str) -> None:
     fmt, w = FORMATS[name], low_rank(256, 512)
     tensors, (outcome,) = quantize_layer(fmt, w, Rounding(), seed=3)
     values, _ = fmt.expand(tensors, tuple(w.shape))
-    problem = problem_of(fmt, w)
+    problem = problem_for(fmt, w)
     assert outcome.objective_after == pytest.approx(problem.objective(values))
 
 
@@ -72,7 +71,7 @@ def test_deterministic(name: str) -> None:
     assert all(torch.equal(first[k].view(-1).view(torch.uint8), second[k].view(-1).view(torch.uint8)) for k in first)
 
 
-def test_seed_decides_the_order_of_columns() -> None:
+def test_seed_decides_the_choices() -> None:
     w = student(128, 512)
     weights = [quantize_layer(FORMATS["nvfp4"], w, Rounding(), seed=layer_seed(s, "a"))[0]["weight"] for s in (0, 1)]
     assert not torch.equal(*weights)
@@ -98,7 +97,7 @@ def test_expert_banks_are_rounded_matrix_by_matrix() -> None:
         tensors, outcomes = quantize_layer(fmt, bank, Rounding(), seed=9)
         assert len(outcomes) == 3
         for i, matrix in enumerate(bank):
-            alone, _ = quantize_layer(fmt, matrix, Rounding(), seed=9 + i)
+            alone, _ = quantize_layer(fmt, matrix, Rounding(), seed=9)
             assert torch.equal(tensors["weight"][i].view(torch.uint8), alone["weight"].view(torch.uint8)), name
 
 
@@ -130,28 +129,66 @@ def test_the_unit_of_the_weight_does_not_matter(size: float) -> None:
     )
 
 
-def test_both_sides_metric_descends_too() -> None:
-    w = low_rank(128, 256)
-    left = leading_directions(w.mT.contiguous(), 40)
-    problem = problem_of(FORMATS["nvfp4"], w, Rounding(plain_weight=0.1), left)
-    solution = coordinate_descent(problem, 50)
-    before, after = (problem.objective(v) for v in (problem.start, solution.values))
-    assert after < 0.9 * before
+@pytest.mark.parametrize("optimizer", ["discrete", "coordinate_descent"])
+def test_both_sides_and_a_small_plain_weight_lower_the_projected_error_most(optimizer: str) -> None:
+    w, rounding = (
+        low_rank(256, 512),
+        Rounding(projection="both", plain_weight=0.1, top_p=0.2, optimizer=optimizer, num_iter=200),
+    )
+    if optimizer == "coordinate_descent":
+        rounding = replace(rounding, num_iter=10)
+    problem = problem_for(FORMATS["nvfp4"], w, rounding)
+    assert problem.metric.left is not None
+    values, _ = learn(problem, rounding)
+    before, after = (sum_of_squares(problem.projected(v)).sqrt().item() for v in (problem.start, values))
+    assert after < (0.4 if optimizer == "discrete" else 0.7) * before
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "int8-row"])
+def test_discrete_ends_where_coordinate_descent_does(name: str) -> None:
+    problem = problem_for(FORMATS[name], low_rank(256, 512))
+    ends = [
+        problem.objective(SOLVERS[s](problem, Rounding()).values).item() for s in ("discrete", "coordinate_descent")
+    ]
+    assert ends[0] == pytest.approx(ends[1], rel=0.01)
+
+
+def test_products_in_bfloat16_change_the_end_by_less_than_a_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rounding in (Rounding(), Rounding(projection="both", plain_weight=0.1, top_p=0.2)):
+        problem = problem_for(FORMATS["nvfp4"], low_rank(256, 512), rounding)
+        ends = []
+        for dtype in (torch.float32, torch.bfloat16):
+            monkeypatch.setattr(discrete, "product_dtype", lambda device, dtype=dtype: dtype)
+            ends.append(problem.objective(discrete.discrete(problem, rounding).values).item())
+        assert ends[1] == pytest.approx(ends[0], rel=0.01)
+        assert ends[1] != ends[0]
 
 
 def test_one_weight_moves_to_the_best_value_of_its_parabola() -> None:
     """Brute force: at the solution no single weight can move to any other grid value and gain."""
     w = low_rank(24, 64)
-    problem = problem_of(FORMATS["nvfp4"], w, Rounding(min_k=8))
-    values = coordinate_descent(problem, 1000).values
-    best = problem.objective(values)
+    problem = problem_for(FORMATS["nvfp4"], w, Rounding(min_k=8))
+    values = coordinate_descent(problem, Rounding()).values
+    best = problem.objective(values).item()
     grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    scale = problem.scale.expand(w.shape)
+    scale = problem.spread_scale()[0].expand(w.shape)
     for row, column in [(0, 0), (5, 17), (23, 63), (11, 40)]:
         for candidate in torch.cat([grid, -grid]):
             moved = values.clone()
-            moved[row, column] = candidate if scale[row, column] > 0 else 0.0
-            assert problem.objective(moved) >= best * (1 - 1e-6)
+            moved[0, row, column] = candidate if scale[row, column] > 0 else 0.0
+            assert problem.objective(moved).item() >= best * (1 - 1e-6)
+
+
+def test_layers_of_one_shape_are_rounded_together_as_well_as_alone() -> None:
+    weights = [low_rank(64, 128, seed=s) for s in range(3)] + [torch.zeros(64, 128)]
+    for name in ("nvfp4", "fp8", "int8-row-convrot", "mxfp8"):
+        fmt = FORMATS[name]
+        if fmt.refusal((64, 128)) is not None:
+            continue
+        for w, (tensors, (outcome,)) in zip(weights, quantize_layers(fmt, weights, Rounding(), seed=4), strict=True):
+            alone, (alone_outcome,) = quantize_layer(fmt, w, Rounding(), seed=4)
+            assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in alone.items()}
+            assert outcome.objective_after == pytest.approx(alone_outcome.objective_after, rel=0.005)
 
 
 def test_leading_directions_are_those_of_the_svd() -> None:
@@ -171,10 +208,11 @@ def test_subspace_size() -> None:
     assert subspace_size((1, 5), 0.0, 1, 1) == 1
 
 
-def test_num_iter_bounds_the_sweeps() -> None:
-    w = low_rank(128, 256)
-    outcome = quantize_layer(FORMATS["nvfp4"], w, Rounding(num_iter=2), seed=0)[1][0]
-    assert (outcome.iterations, outcome.stopped) == (2, "num_iter reached")
+@pytest.mark.parametrize("optimizer", SOLVERS)
+def test_num_iter_bounds_the_iterations(optimizer: str) -> None:
+    rounding = Rounding(num_iter=2, optimizer=optimizer)
+    outcome = quantize_layer(FORMATS["nvfp4"], low_rank(128, 256), rounding, seed=0)[1][0]
+    assert (outcome.iterations, outcome.stopped) in ((2, "num_iter reached"), (2, "nearest is best"))
 
 
 @pytest.mark.gpu
