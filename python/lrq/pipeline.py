@@ -186,7 +186,7 @@ class _Quantizer:
                 coherence = rounding.coherence if rounding.scale_search else None
                 return layer.format.quantize(w, coherence, scale), []
             seed = layer_seed(self._conversion.seed, layer.name)
-            return quantize_layer(layer.format, w, rounding, seed + (load.tile.begin if w.dim() == 3 else 0))
+            return quantize_layer(layer.format, w, rounding, seed)
 
     def _checked(self, load: Load) -> tuple[Tensor, float]:
         entry = load.tile.layer.source
