@@ -84,7 +84,7 @@ class Progress:
         self.bar.update(self.task, advance=1, layer=name)
         if self.verbose:
             learned = ", ".join(
-                f"{one.iterations} sweeps, {one.stopped}, "
+                f"{one.iterations} iterations, {one.stopped}, "
                 f"objective {one.objective_after / max(one.objective_before, 1e-300):.3f}"
                 for one in layer.outcomes[:1]
             )

@@ -23,7 +23,9 @@ class Grid:
     def gap(self, y: Tensor) -> Tensor:
         """Distance of the two grid values around y, float32."""
         spacing = GRIDS[self.name.lower()]
-        exponent = (torch.frexp(y).exponent - 1).clamp(min=spacing.exponent)
+        # The exponent of zero is that of 1/2 to frexp.
+        least = 2.0**spacing.exponent
+        exponent = torch.frexp(y.abs().clamp(min=least)).exponent - 1
         return torch.ldexp(torch.ones_like(y), exponent - spacing.mantissa)
 
 

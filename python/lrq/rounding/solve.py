@@ -109,6 +109,6 @@ def learn(problem: Problem, rounding: Rounding) -> tuple[Tensor, list[Outcome]]:
     # Raising λ, or float32 in the last bits of a perfect fit, may lose against the start.
     lost = after > before
     values = torch.where(lost[:, None, None], problem.start, values)
-    after = torch.minimum(before, after)
+    least = torch.minimum(before, after).tolist()
     stopped = ["nearest is best" if i else why for i, why in zip(lost.tolist(), stopped, strict=True)]
-    return values, list(map(Outcome, iterations, stopped, before.tolist(), after.tolist()))
+    return values, list(map(Outcome, iterations, stopped, before.tolist(), least))

@@ -12,8 +12,9 @@ from lrq.config import Rounding
 from lrq.formats import Format, Shape
 from lrq.selection.layer import Layer
 
-LEARNING = 7
-"""Matrices of float32 that learned rounding holds of one matrix; the eigenvectors come on top."""
+LEARNING = {"discrete": 19, "coordinate_descent": 28}
+RELAXING = 48
+"""Bytes that learned rounding holds of a weight, by solver, as measured; the eigenvectors come on top."""
 EIGENVECTORS = 8
 """Bytes of an element of the smaller side's Gram matrix, for its eigenvectors."""
 SMALL = 1 << 20
@@ -76,8 +77,9 @@ class Tile:
         widened = 4 * math.prod(self.shape) if self.layer.source.dtype == "F64" else 0
         if self.layer.rounding(rounding).simple:
             return widened + SMALL
-        banks = 12 * math.prod(self.shape) if len(self.shape) == 3 else 0
-        return widened + banks + 4 * LEARNING * rows * columns + EIGENVECTORS * min(rows, columns) ** 2 + SMALL
+        learning = LEARNING.get(rounding.optimizer, RELAXING) * math.prod(self.shape)
+        vectors = EIGENVECTORS * min(rows, columns) ** 2 * math.prod(self.shape[:-2])
+        return widened + learning + vectors + SMALL
 
     def need(self, rounding: Rounding) -> int:
         """Bytes of all of it."""

@@ -1,0 +1,84 @@
+"""Every solver of the table: it ends on the grid, lowers the projected error, says why it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lrq.config import Conversion, Rounding
+from lrq.formats import FORMATS
+from lrq.formats.grid import E2M1, E4M3, INT8, Grid
+from lrq.rounding.metric import leading_subspaces, sum_of_squares
+from lrq.rounding.relaxation import SCHEDULES
+from lrq.rounding.solve import SOLVERS, learn, problem_of
+from samples import low_rank
+
+BOTH = Rounding(projection="both", top_p=0.2, plain_weight=0.1, num_iter=300)
+ON_THE_GRID = ("discrete", "coordinate_descent")
+
+
+@pytest.mark.parametrize("optimizer", [name for name in SOLVERS if name not in ON_THE_GRID])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_a_relaxation_ends_on_the_grid_with_a_lower_projected_error(name: str, optimizer: str) -> None:
+    fmt, w = FORMATS[name], low_rank(128, 256)
+    rounding = replace(BOTH, optimizer=optimizer)
+    problem = problem_of(fmt, w, fmt.quantize(w, 4.0), rounding, seed=0)
+    values, (outcome,) = learn(problem, rounding)
+    before, after = (sum_of_squares(problem.projected(v)).sqrt().item() for v in (problem.start, values))
+    assert after <= 0.7 * before
+    assert torch.equal(fmt.grid.nearest(values.float()).bfloat16(), values)
+    assert outcome.objective_after == pytest.approx(problem.objective(values).item())
+    assert outcome.objective_after < outcome.objective_before
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_ends_by_itself(schedule: str) -> None:
+    fmt, w = FORMATS["nvfp4"], low_rank(64, 128)
+    rounding = Rounding(optimizer="adamw", lr_schedule=schedule, num_iter=2000)
+    _, (outcome,) = learn(problem_of(fmt, w, fmt.quantize(w, 4.0), rounding, seed=0), rounding)
+    assert outcome.stopped in ("learning rate vanished", "no better in 100 iterations")
+    assert outcome.objective_after < outcome.objective_before
+
+
+def test_the_learning_rate_decides_how_far_an_iteration_goes() -> None:
+    fmt, w = FORMATS["nvfp4"], low_rank(64, 128)
+    ends = []
+    for lr in (1e-6, 0.05):
+        rounding = replace(BOTH, optimizer="original", lr=lr, num_iter=20)
+        ends.append(learn(problem_of(fmt, w, fmt.quantize(w, 4.0), rounding, 0), rounding)[1][0])
+    assert ends[0].stopped == "num_iter reached" or ends[0].objective_after == ends[0].objective_before
+    assert ends[1].objective_after < 0.95 * ends[0].objective_after
+
+
+def test_matrices_of_a_batch_stop_alone() -> None:
+    fmt = FORMATS["nvfp4"]
+    bank = torch.stack([low_rank(64, 128), torch.zeros(64, 128)])
+    _, outcomes = learn(problem_of(fmt, bank, fmt.quantize(bank, 4.0), Rounding(), 0), Rounding())
+    assert outcomes[1].iterations < outcomes[0].iterations
+
+
+@pytest.mark.parametrize(("grid", "y", "gap"), [(E2M1, [0.2, 1.2, 2.5, 5.0, -5.0], [0.5, 0.5, 1, 2, 2]),
+                                                (E4M3, [0.0, 1.0, 300.0], [2.0**-9, 0.125, 32]),
+                                                (INT8, [0.0, 77.3, -126.5], [1, 1, 1])])  # fmt: skip
+def test_gap_is_the_distance_of_the_neighbours(grid: Grid, y: list[float], gap: list[float]) -> None:
+    assert grid.gap(torch.tensor(y)).tolist() == gap
+
+
+def test_both_subspaces_are_those_of_the_svd() -> None:
+    for shape in ((96, 64), (64, 96)):
+        w = low_rank(*shape).double()
+        u, _, vh = torch.linalg.svd(w, full_matrices=False)
+        left, right, _ = leading_subspaces(w, 12)
+        assert torch.linalg.matrix_norm(left.mT @ u[:, :12]) ** 2 == pytest.approx(12, abs=1e-6)
+        assert torch.linalg.matrix_norm(right.mT @ vh[:12].mT) ** 2 == pytest.approx(12, abs=1e-6)
+
+
+def test_settings_of_a_relaxation_have_no_effect_on_the_grid() -> None:
+    assert Rounding().direction_power == 1.0
+    assert BOTH.direction_power == 0.0
+    assert replace(BOTH, spectrum=2.0).direction_power == 2.0
+    changed = Conversion(rounding=Rounding(lr=0.1))
+    assert changed.without_effect() == ["--lr has no effect: --optimizer discrete"]
+    assert Conversion(rounding=Rounding(lr=0.1, optimizer="adamw")).without_effect() == []
