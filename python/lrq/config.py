@@ -176,8 +176,7 @@ class Conversion:
     def check(self) -> None:
         """Raise :class:`InputError` for values or combinations that have no meaning."""
         for part in (self.storage, self.rounding, self.selection, self):
-            for setting in dataclasses.fields(part):
-                _check_range(setting, getattr(part, setting.name))
+            check_ranges(part)
         self.storage.check()
         self.rounding.check()
         self.selection.check()
@@ -231,6 +230,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "dict": (dict,),
     "tuple": (tuple,),
 }
+
+
+def check_ranges(part: Any) -> None:
+    """Raise :class:`InputError` for a field of a part of the configuration that has a value of no meaning."""
+    for setting in dataclasses.fields(part):
+        _check_range(setting, getattr(part, setting.name))
 
 
 def _check_range(setting: dataclasses.Field[Any], value: Any) -> None:

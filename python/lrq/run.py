@@ -14,17 +14,12 @@ from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.writer import Writer
 from lrq.config import Conversion
 from lrq.errors import InputError, printable
-from lrq.formats import STOCK
-from lrq.models.policy import load_policy
-from lrq.models.recognition import Part
 from lrq.pipeline import LayerResult, OnLayer, run_plan
 from lrq.plan import Plan, make_plan
+from lrq.report.notices import notices
 from lrq.report.verification import LayerReport, Verification, verify_file
 from lrq.selection.heuristics import out_of_line, widen
 from lrq.selection.resolve import resolve
-
-FEW = 3
-"""Tensors that are left out for one reason are named one by one up to this number."""
 
 FOREIGN = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth")
 """Endings of files that are not safetensors: a loader would take the output for what it is not."""
@@ -122,44 +117,11 @@ def measure_layers(source: Reader, conversion: Conversion, device: torch.device)
     return replace(conversion, selection=replace(selection, layers=layers or None))
 
 
-def notices(plan: Plan, conversion: Conversion) -> list[str]:
-    """One line for every format that stock ComfyUI can't load, tensor that is left out, and setting without effect."""
-    needs = sorted({(layer.format.name, layer.format.loader) for layer in plan.layers if layer.format.loader != STOCK})
-    return [
-        *(f"{name} is read by {loader}; {STOCK} can't load this file" for name, loader in needs),
-        *_left_out(plan),
-        *map(_unrecognised, _by_generic_policy(plan)),
-        *conversion.without_effect(),
-    ]
-
-
 def default_output(source: Path, plan: Plan) -> Path:
     """``<source>-<format>.safetensors`` beside the source; of a mixed file the format that no rule chose."""
     usual = next((layer for layer in plan.layers if not layer.why), plan.layers[0])
     stem = source.stem if source.suffix in (".safetensors", ".sft") else source.name
     return source.with_name(f"{stem}-{usual.format.name}.safetensors")
-
-
-def _left_out(plan: Plan) -> list[str]:
-    reasons: dict[str, list[str]] = {}
-    for entry in plan.dropped:
-        reasons.setdefault(plan.why_dropped[entry.name], []).append(printable(entry.name))
-    few = [f"{name} is left out: {why}" for why, names in reasons.items() if len(names) <= FEW for name in names]
-    many = {why: names for why, names in reasons.items() if len(names) > FEW}
-    return few + [f"{len(names)} tensors ({names[0]}, ...) are left out: {why}" for why, names in many.items()]
-
-
-def _by_generic_policy(plan: Plan) -> list[Part]:
-    """The parts whose layers the generic policy chose."""
-    prefixes = sorted((part.prefix for part in plan.parts), key=len, reverse=True)
-    quantized = {next(prefix for prefix in prefixes if layer.name.startswith(prefix)) for layer in plan.layers}
-    about = load_policy().about
-    return [part for part in plan.parts if part.prefix in quantized and plan.policies[part.prefix] == about]
-
-
-def _unrecognised(part: Part) -> str:
-    where = f" in {printable(part.prefix)}*" if part.prefix else ""
-    return f"model not recognised{where}; the generic policy chose its layers: see --verbose, or name a --preset"
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

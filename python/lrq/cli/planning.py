@@ -26,7 +26,8 @@ from lrq.models.patterns import skeleton
 from lrq.models.policy import NOT_A_WEIGHT
 from lrq.plan import Plan, make_plan
 from lrq.report import planned
-from lrq.run import choose_device, notices
+from lrq.report.notices import notices
+from lrq.run import choose_device
 from lrq.selection.resolve import resolve
 
 _HARMLESS = ("source", "output", "plan_file", "dry_run", "device", "verbose", "as_json")

@@ -20,6 +20,7 @@ from lrq.estimate import Estimate
 from lrq.models.patterns import skeleton
 from lrq.models.policy import SUFFIX
 from lrq.plan import Plan, make_plan
+from lrq.report.notices import notices
 from lrq.selection.layer import Layer
 from lrq.selection.storage import spec_of
 from lrq_kernels._version import __version__
@@ -76,6 +77,7 @@ def document(source: Reader, plan: Plan, conversion: Conversion, needs: Estimate
             "gpu_peak_bytes": needs.gpu_bytes,
             "seconds": round(needs.seconds, 3),
         },
+        "notices": notices(plan, conversion),
         "kept": dict(Counter({**plan.kept, **plan.refused}.values())),
         "dropped": dict(Counter(plan.why_dropped.values())),
         "settings": conversion.settings(),
