@@ -20,6 +20,7 @@ FLOORS = {
     "lrq.plan": 2,
     "lrq.selection": 2,
     "lrq.estimate": 2,
+    "lrq.measure": 2,
     "lrq.pipeline": 2,
     "lrq.checkpoint": 2,
     "lrq.dialects": 2,

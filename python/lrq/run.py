@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.writer import Writer
 from lrq.config import Conversion
 from lrq.errors import InputError, printable
+from lrq.measure import Budget, measure_layers, measures
 from lrq.pipeline import LayerResult, OnLayer, run_plan
 from lrq.plan import Plan, make_plan
 from lrq.report.notices import notices
 from lrq.report.verification import LayerReport, Verification, verify_file
-from lrq.selection.heuristics import out_of_line, widen
 from lrq.selection.resolve import resolve
 
 FOREIGN = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth")
@@ -39,6 +39,8 @@ class Summary:
     """One line each on what a user should know."""
     source_size: int
     output_size: int
+    budget: Budget | None = None
+    """What --target_bits bought."""
 
 
 def quantize(
@@ -77,10 +79,11 @@ def quantize(
     conversion.check()
     chosen = choose_device(device)
     with Reader(source) as reader:
-        if conversion.selection.heur or conversion.selection.max_error is not None:
-            conversion = measure_layers(reader, conversion, chosen)
+        budget = None
+        if measures(conversion):
+            conversion, budget = measure_layers(reader, conversion, chosen)
         plan = make_plan(reader, conversion)
-        target = default_output(reader.path, plan) if output is None else _target_of(output)
+        target = default_output(reader.path, plan, conversion) if output is None else _target_of(output)
         _check_target(target, reader.path)
         replaces = target.exists()
         on_plan(plan)
@@ -89,38 +92,15 @@ def quantize(
         said = notices(plan, conversion)
         if replaces:
             said.append(f"{printable(str(target))}: replaced the file that was there")
-        return Summary(target, layers, plan.kept, plan.refused, said, reader.size, plan.output_size)
+        return Summary(target, layers, plan.kept, plan.refused, said, reader.size, plan.output_size, budget)
 
 
-def measure_layers(source: Reader, conversion: Conversion, device: torch.device) -> Conversion:
-    """The measured parts of --heur and --max_error: the conversion with a decision for every layer that they change.
-
-    Raises:
-        InputError: as :func:`~lrq.plan.make_plan`.
-    """
-    selection = conversion.selection
-    formats = {layer.name: layer.format for layer in make_plan(source, conversion).layers if not layer.asked}
-
-    def read(name: str) -> torch.Tensor:
-        return source.read(f"{name}.weight").to(device)
-
-    changed: dict[str, dict[str, object]] = {}
-    if selection.heur:
-        reasons = out_of_line(formats.items(), read)
-        changed = {name: {"skip": True, "_why": why} for name, why in reasons.items()}
-    if selection.max_error is not None:
-        for name, fmt in formats.items():
-            wider = None if name in changed else widen(fmt, read(name), selection.max_error)
-            if wider is not None:
-                changed[name] = wider
-    layers = {**(selection.layers or {}), **changed}
-    return replace(conversion, selection=replace(selection, layers=layers or None))
-
-
-def default_output(source: Path, plan: Plan) -> Path:
-    """``<source>-<format>.safetensors`` beside the source; of a mixed file the format that no rule chose."""
-    usual = next((layer for layer in plan.layers if not layer.why), plan.layers[0])
+def default_output(source: Path, plan: Plan, conversion: Conversion) -> Path:
+    """``<source>-<format>.safetensors`` beside the source; of a mixed file the target's bits, or what no rule chose."""
     stem = source.stem if source.suffix in (".safetensors", ".sft") else source.name
+    if conversion.selection.target_bits is not None:
+        return source.with_name(f"{stem}-{conversion.selection.target_bits:g}bits.safetensors")
+    usual = next((layer for layer in plan.layers if not layer.why), plan.layers[0])
     return source.with_name(f"{stem}-{usual.format.name}.safetensors")
 
 

@@ -17,6 +17,7 @@ from lrq.config import Conversion
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.estimate import Estimate
+from lrq.measure import Budget
 from lrq.models.patterns import skeleton
 from lrq.models.policy import SUFFIX
 from lrq.plan import Plan, make_plan
@@ -57,7 +58,9 @@ def bits_per_weight(plan: Plan) -> tuple[float, float]:
     return 8 * stored / max(weights, 1), 8 * (stored + copied) / max(elements, 1)
 
 
-def document(source: Reader, plan: Plan, conversion: Conversion, needs: Estimate) -> dict[str, Any]:
+def document(
+    source: Reader, plan: Plan, conversion: Conversion, needs: Estimate, budget: Budget | None = None
+) -> dict[str, Any]:
     """Everything that the plan says, for JSON."""
     quantized_bits, bits = bits_per_weight(plan)
     formats = Counter(layer.format.name for layer in plan.layers)
@@ -77,6 +80,7 @@ def document(source: Reader, plan: Plan, conversion: Conversion, needs: Estimate
             "gpu_peak_bytes": needs.gpu_bytes,
             "seconds": round(needs.seconds, 3),
         },
+        **({} if budget is None else {"budget": dataclasses.asdict(budget)}),
         "notices": notices(plan, conversion),
         "kept": dict(Counter({**plan.kept, **plan.refused}.values())),
         "dropped": dict(Counter(plan.why_dropped.values())),
