@@ -25,8 +25,8 @@ from lrq.plan import make_plan
 from lrq.selection.budget import stored_bits
 from measure import machine
 
-TARGETS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 8.0, 8.25)
-UNIFORM = {4.5: "nvfp4", 8.0: "fp8", 8.25: "mxfp8"}
+TARGETS = (5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 8.0, 8.25)
+UNIFORM = {8.0: "fp8", 8.25: "mxfp8"}
 NARROW, WIDE = FORMATS["nvfp4"], FORMATS["fp8"]
 
 

@@ -115,7 +115,7 @@ def _spend(
     outputs = sum(weight_of_error(layer.source.shape) for layer, _ in free.values())
     least = (least_bits(points) + taken) / weights
     if target < least:
-        raise InputError(f"--target_bits {target:g}: the smallest formats that the layers take need {least:.4f}")
+        raise InputError(f"--target_bits {target:g}: the smallest formats that the layers take need {least:.4f} bits")
     bought = allocate(points, math.floor(target * weights) - taken)
     spent = sum(point.bits for point in bought.chosen.values())
     left = sum(point.error for point in bought.chosen.values())
