@@ -127,9 +127,24 @@ def conversion_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def budget_table() -> str:
+    """Error of two models' output by bits a weight: the chosen mixture beside the other file of that size."""
+    rows = _read("budget")["results"]
+    measures = {"minilm": "distance", "digits": "median"}
+    heads = [f"{name}: {who}" for name in ("MiniLM", "diffusion") for who in ("`--target_bits`", "the other")]
+    lines = [f"| bits | the other file | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+    for target in dict.fromkeys(row["target"] for row in rows):
+        found = {(row["model"], row["who"] == "target_bits"): row for row in rows if row["target"] == target}
+        other = found["minilm", False]["who"]
+        cells = [f"{found[model, ours][key]:.4f}" for model, key in measures.items() for ours in (True, False)]
+        lines.append(f"| {target:g} | {FORMATS.get(other, other)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "conversions": conversion_table,
     "quality": quality_table,
+    "budget": budget_table,
     "GPU kernels": kernel_table,
     "CPU kernels": cpu_table,
 }

@@ -21,6 +21,7 @@ FLOORS = {
     "lrq.plan": 2,
     "lrq.selection": 2,
     "lrq.estimate": 2,
+    "lrq.measure": 2,
     "lrq.pipeline": 2,
     "lrq.staging": 2,
     "lrq.checkpoint": 2,

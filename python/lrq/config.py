@@ -6,7 +6,7 @@ Every field carries its meaning beside its default; ``cli.options`` builds the f
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lrq.errors import InputError
@@ -173,6 +173,13 @@ class Selection:
         "Widen the format of a layer whose error |Ŵ − W|/|W| exceeds this: NVFP4 to MXFP8, then to the source's.",
         minimum=0.0,
     )
+    target_bits: float | None = _setting(
+        None,
+        "Bits a weight of the quantized layers, with scales: NVFP4, FP8, MXFP8 or the source's own by layer, so that "
+        "the summed error is least.",
+        minimum=1.0,
+        maximum=64.0,
+    )
     layers: dict | None = _setting(None, "Decisions by exact name, above all rules.", flag=False)  # noqa: RUF009
 
     def check(self) -> None:
@@ -180,6 +187,8 @@ class Selection:
         if (self.custom_layers is None) != (self.custom_type is None):
             given, missing = ("layers", "type") if self.custom_type is None else ("type", "layers")
             raise InputError(f"--custom_{given}: needs --custom_{missing} as well")
+        if self.target_bits is not None and self.max_error is not None:
+            raise InputError("--target_bits: decides on formats by itself; leave --max_error away")
 
 
 _OF_SEARCH = ("scale_search", "coherence")
@@ -202,11 +211,13 @@ class Conversion:
     def check(self) -> None:
         """Raise :class:`InputError` for values or combinations that have no meaning."""
         for part in (self.storage, self.rounding, self.selection, self):
-            for setting in dataclasses.fields(part):
-                _check_range(setting, getattr(part, setting.name))
+            check_ranges(part)
         self.storage.check()
         self.rounding.check()
         self.selection.check()
+        other = replace(self.storage, nvfp4=False, full_precision_matrix_mult=False) != Storage()
+        if self.selection.target_bits is not None and other:
+            raise InputError("--target_bits: chooses among NVFP4, FP8 and MXFP8 by itself; leave other formats away")
 
     def settings(self) -> dict[str, Any]:
         """The flat view: every flag by its name."""
@@ -261,6 +272,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "dict": (dict,),
     "tuple": (tuple,),
 }
+
+
+def check_ranges(part: Any) -> None:
+    """Raise :class:`InputError` for a field of a part of the configuration that has a value of no meaning."""
+    for setting in dataclasses.fields(part):
+        _check_range(setting, getattr(part, setting.name))
 
 
 def _check_range(setting: dataclasses.Field[Any], value: Any) -> None:

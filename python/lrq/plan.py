@@ -20,6 +20,8 @@ from lrq_kernels._version import __version__
 
 PROVENANCE = "lrq"
 """Header entry that says how the file was made."""
+MOST_REASONS = 3
+"""Reasons that are named where nothing can be quantized."""
 ACTS_ON_THE_LAYER = "it would act on the quantized layer"
 
 
@@ -91,7 +93,9 @@ def _why_none(source: Reader, kept: dict[str, str], refused: dict[str, str]) -> 
     matrices = [e.name for e in source.header.entries if e.name.endswith(SUFFIX) and len(e.shape) >= 2]
     why = {**kept, **refused}
     reasons = sorted({why[name] for name in matrices if name in why})
-    return "; ".join(reasons) if reasons else "it holds no 2-D *.weight tensor"
+    if not reasons:
+        return "it holds no 2-D *.weight tensor"
+    return "; ".join(reasons[:MOST_REASONS]) + ("; ..." if len(reasons) > MOST_REASONS else "")
 
 
 def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...], decisions: Decisions) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from lrq.config import Conversion
 from lrq.dialects import comfyui
 from lrq.errors import InputError, UnfinishedError, printable
 from lrq.execution import Execution
+from lrq.measure import Budget, measure_layers, measures
 from lrq.pipeline import LayerResult, OnLayer, run_plan
 from lrq.plan import Plan, make_plan
 from lrq.report.notices import notices
 from lrq.report.verification import LayerReport, Verification, verify_file
-from lrq.selection.heuristics import out_of_line, widen
 from lrq.selection.resolve import resolve
 from lrq.staging.memory import MemoryPlan, plan_memory
 from lrq.staging.process import peak
@@ -58,6 +58,8 @@ class Summary:
     source_size: int
     output_size: int
     memory: MemoryUse
+    budget: Budget | None = None
+    """What --target_bits bought."""
 
 
 def quantize(
@@ -106,11 +108,14 @@ def quantize(
     if chosen.type == "cuda":
         torch.cuda.reset_peak_memory_stats(chosen)
     with Reader(source) as reader:
-        if conversion.selection.heur or conversion.selection.max_error is not None:
-            conversion = measure_layers(reader, conversion, chosen)
+        budget = None
+        if measures(conversion):
+            conversion, budget = measure_layers(reader, conversion, chosen)
         plan = make_plan(reader, conversion)
         stem = reader.stem if folder is None else Path(folder) / reader.stem.name
-        layout = _layout(default_output(stem, plan) if output is None else _target_of(output), plan, execution)
+        layout = _layout(
+            default_output(stem, plan, conversion) if output is None else _target_of(output), plan, execution
+        )
         _check_target(layout, reader)
         replaces = layout.target.exists()
         memory = plan_memory(plan.layers, conversion.rounding, chosen, execution)
@@ -120,7 +125,7 @@ def quantize(
         if replaces:
             said.append(f"{printable(str(layout.target))}: replaced the file that was there")
         used = MemoryUse(memory.host, peak(), memory.vram, _peak_vram(chosen))
-        return Summary(layout.target, layers, plan.kept, plan.refused, said, reader.size, layout.size, used)
+        return Summary(layout.target, layers, plan.kept, plan.refused, said, reader.size, layout.size, used, budget)
 
 
 def _layout(path: Path, plan: Plan, execution: Execution) -> Layout:
@@ -174,35 +179,12 @@ def _peak_vram(device: torch.device) -> int:
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
-def measure_layers(source: Reader, conversion: Conversion, device: torch.device) -> Conversion:
-    """The measured parts of --heur and --max_error: the conversion with a decision for every layer that they change.
-
-    Raises:
-        InputError: as :func:`~lrq.plan.make_plan`.
-    """
-    selection = conversion.selection
-    formats = {layer.name: layer.format for layer in make_plan(source, conversion).layers if not layer.asked}
-
-    def read(name: str) -> torch.Tensor:
-        return source.read(f"{name}.weight").to(device)
-
-    changed: dict[str, dict[str, object]] = {}
-    if selection.heur:
-        reasons = out_of_line(formats.items(), read)
-        changed = {name: {"skip": True, "_why": why} for name, why in reasons.items()}
-    if selection.max_error is not None:
-        for name, fmt in formats.items():
-            wider = None if name in changed else widen(fmt, read(name), selection.max_error)
-            if wider is not None:
-                changed[name] = wider
-    layers = {**(selection.layers or {}), **changed}
-    return replace(conversion, selection=replace(selection, layers=layers or None))
-
-
-def default_output(source: Path, plan: Plan) -> Path:
-    """``<source>-<format>.safetensors`` beside the source; of a mixed file the format that no rule chose."""
-    usual = next((layer for layer in plan.layers if not layer.why), plan.layers[0])
+def default_output(source: Path, plan: Plan, conversion: Conversion) -> Path:
+    """``<source>-<format>.safetensors`` beside the source; of a mixed file the target's bits, or what no rule chose."""
     stem = source.stem if source.suffix in (".safetensors", ".sft") else source.name
+    if conversion.selection.target_bits is not None:
+        return source.with_name(f"{stem}-{conversion.selection.target_bits:g}bits.safetensors")
+    usual = next((layer for layer in plan.layers if not layer.why), plan.layers[0])
     return source.with_name(f"{stem}-{usual.format.name}.safetensors")
 
 

@@ -140,8 +140,11 @@ def convert_to_quant(
 @click.option("--device", default="auto", show_default=True, help="Where it would be computed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON; lrq convert --plan takes it.")
 @click.option("--verbose", is_flag=True, help="Say of every layer what becomes of it, not of every kind of layer.")
-def plan(source: str, device: str, as_json: bool, verbose: bool, **settings: Any) -> None:
+@click.option("--measure", is_flag=True, help="Read the weights, too, for what --heur and --max_error measure.")
+def plan(source: str, device: str, as_json: bool, verbose: bool, measure: bool, **settings: Any) -> None:
     """Say what a conversion would do, from the header alone: layers, bytes, memory, time. Options as of convert.
+
+    --target_bits reads the weights.
 
     \b
     Example:
@@ -153,7 +156,7 @@ def plan(source: str, device: str, as_json: bool, verbose: bool, **settings: Any
 
         execution = Execution.from_settings(settings)
         conversion = planning.conversion_of(click.get_current_context(), settings, (source,), None)
-        planning.print_plan(source, conversion, execution, device, as_json, verbose)
+        planning.print_plan(source, conversion, execution, device, as_json, verbose, measure)
 
     _guarded(work)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from click.core import ParameterSource
 from rich.box import SIMPLE
 from rich.table import Table
@@ -19,12 +20,13 @@ from lrq.checkpoint.header import paused_collection
 from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.sources import expand
 from lrq.cli.options import given_settings
-from lrq.cli.progress import model_line, sized
+from lrq.cli.progress import budget_line, model_line, sized
 from lrq.cli.tables import console
 from lrq.config import Conversion
 from lrq.errors import InputError, printable
 from lrq.estimate import Estimate, estimate
 from lrq.execution import Execution
+from lrq.measure import Budget, measure_layers, measures
 from lrq.models.patterns import skeleton
 from lrq.models.policy import NOT_A_WEIGHT
 from lrq.plan import Plan, make_plan
@@ -33,7 +35,7 @@ from lrq.report.notices import notices
 from lrq.run import choose_device
 from lrq.selection.resolve import resolve
 
-_HARMLESS = ("source", "output", "plan_file", "dry_run", "device", "verbose", "as_json")
+_HARMLESS = ("source", "output", "plan_file", "dry_run", "device", "verbose", "as_json", "measure")
 
 
 def conversion_of(
@@ -64,13 +66,14 @@ def dry_run(
     names = expand(sources)
     if what == "plan":
         for name in names:
-            print_plan(name, conversion, execution, device, False, False)
+            print_plan(name, conversion, execution, device)
         return
     if len(names) > 1:
         raise InputError(f"--dry-run create-template: is of one checkpoint, not of {len(names)}; give one -i")
     source = names[0]
     path = Path(output) if output else Path(source).with_name(f"{Path(source).stem}-layers.json")
     with Reader(source) as reader:
+        conversion, _ = _decided(reader, conversion, choose_device(device), False)
         table = planned.template(make_plan(reader, conversion, allow_empty=True))
     if path.exists():
         raise InputError(f"{path}: exists; name another file with -o")
@@ -80,22 +83,40 @@ def dry_run(
 
 
 def print_plan(
-    source: str, conversion: Conversion, execution: Execution, device: str, as_json: bool, verbose: bool
+    source: str,
+    conversion: Conversion,
+    execution: Execution,
+    device: str,
+    as_json: bool = False,
+    verbose: bool = False,
+    measure: bool = False,
 ) -> None:
-    """Print what a conversion would do."""
+    """Print what a conversion would do; with ``measure``, after it has read the weights where they decide."""
     chosen = choose_device(device)
     with paused_collection(), Reader(source) as reader:
+        conversion, budget = _decided(reader, conversion, chosen, measure)
         plan = make_plan(reader, conversion, allow_empty=True)
         needs = estimate(plan, conversion, execution, chosen)
         if as_json:
-            click.echo(json.dumps(planned.document(reader, plan, conversion, needs), indent=1))
+            click.echo(json.dumps(planned.document(reader, plan, conversion, needs, budget), indent=1))
             return
         for part in planned.models(plan):
             click.echo(model_line(part["prefix"], part["about"], part["preset"], part["policy"]))
         _print_layers(plan, verbose)
         _say_totals(reader, plan, needs)
-    for notice in [*notices(plan, conversion), *_of_measuring(plan, conversion)]:
+    if budget is not None:
+        click.echo(budget_line(budget))
+    for notice in [*notices(plan, conversion), *([] if measure else _of_measuring(plan, conversion))]:
         click.echo(f"notice: {notice}")
+
+
+def _decided(
+    source: Reader, conversion: Conversion, device: torch.device, measure: bool
+) -> tuple[Conversion, Budget | None]:
+    """Without weights nothing can be said of --target_bits, and something of --heur and --max_error."""
+    if conversion.selection.target_bits is None and not (measure and measures(conversion)):
+        return conversion, None
+    return measure_layers(source, conversion, device)
 
 
 def _of_measuring(plan: Plan, conversion: Conversion) -> list[str]:
@@ -103,7 +124,8 @@ def _of_measuring(plan: Plan, conversion: Conversion) -> list[str]:
         return ["no layer can be quantized: there is nothing to convert"]
     measuring = {"--heur": conversion.selection.heur, "--max_error": conversion.selection.max_error is not None}
     return [
-        f"{flag} also measures weights when it converts: layers with too large an error become wider, and add bytes"
+        f"{flag} also measures weights when it converts: layers with too large an error become wider, and add bytes; "
+        "--measure does so now"
         for flag, given in measuring.items()
         if given
     ]

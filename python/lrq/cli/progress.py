@@ -16,9 +16,13 @@ from lrq.errors import counted, printable
 from lrq.models.policy import NOT_A_WEIGHT
 
 if TYPE_CHECKING:
+    from lrq.measure import Budget
     from lrq.pipeline import LayerResult
     from lrq.plan import Plan
     from lrq.run import Summary
+
+_SHOWN = 8.5
+"""Bits up to which the error of other targets is told: beyond 8 the curve is flat."""
 
 
 def sized(count: float) -> str:
@@ -36,6 +40,15 @@ def model_line(prefix: str, about: str, preset: str | None, policy: str) -> str:
     known = f"{about} (preset {preset})" if preset else about
     other = "" if policy == about else f"; kept by: {printable(policy) or 'no preset'}"
     return f"model: {where}{known}{other}"
+
+
+def budget_line(budget: Budget) -> str:
+    """What --target_bits bought, and what other targets would."""
+    shown = [point for point in budget.curve if point[0] <= max(budget.target, _SHOWN)]
+    curve = ", ".join(f"{bits:.2f} -> {error:.2f} %" for bits, error in shown[:: 1 + len(shown) // 10])
+    return (
+        f"target {budget.target:g} bits: {budget.bits:.2f} bits, error {budget.error:.2f} %; of other targets: {curve}"
+    )
 
 
 class Progress:
@@ -97,6 +110,8 @@ class Progress:
             self._say(f"kept as it is  {printable(name)}: {reason}")
         for notice in summary.notices:
             self._say(f"notice: {notice}")
+        if summary.budget is not None:
+            self._say(budget_line(summary.budget))
         formats = Counter(layer.format for layer in summary.layers)
         kept = Counter(reason for reason in summary.kept.values() if reason != NOT_A_WEIGHT)
         what = ", ".join(f"{counted(count, 'layer')} to {name}" for name, count in formats.items())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lrq.config import Conversion
-from lrq.errors import printable
+from lrq.errors import counted, printable
 from lrq.formats import STOCK
-from lrq.models.policy import load_policy
+from lrq.models.policy import load_policy, policy_of
 from lrq.models.recognition import Part
 from lrq.plan import Plan
 
@@ -14,12 +14,13 @@ FEW = 3
 
 
 def notices(plan: Plan, conversion: Conversion) -> list[str]:
-    """One line for every format that stock ComfyUI can't load, tensor that is left out, and setting without effect."""
+    """Formats that stock ComfyUI can't load, tensors left out, presets in doubt, settings without effect."""
     needs = sorted({(layer.format.name, layer.format.loader) for layer in plan.layers if layer.format.loader != STOCK})
     return [
         *(f"{name} is read by {loader}; {STOCK} can't load this file" for name, loader in needs),
         *_left_out(plan),
         *map(_unrecognised, _by_generic_policy(plan)),
+        *_unprotected(plan),
         *conversion.without_effect(),
     ]
 
@@ -44,3 +45,21 @@ def _by_generic_policy(plan: Plan) -> list[Part]:
 def _unrecognised(part: Part) -> str:
     where = f" in {printable(part.prefix)}*" if part.prefix else ""
     return f"model not recognised{where}; the generic policy chose its layers: see --verbose, or name a --preset"
+
+
+def _unprotected(plan: Plan) -> list[str]:
+    """Of parts with another preset than that of their model: the layers that the model's own would have kept."""
+    found = []
+    for part in plan.parts:
+        if part.preset is None or plan.policies[part.prefix] == part.preset.about:
+            continue
+        own, start = policy_of((part.preset,)), len(part.prefix)
+        names = [layer.name for layer in plan.layers if layer.name.startswith(part.prefix) and not layer.asked]
+        names = [name for name in names if own.verdict(name[start:]).action == "keep"]
+        if names:
+            layers = counted(len(names), "layer")
+            found.append(
+                f"{part.about} is recognised, and --preset {part.preset.name} would keep {layers} "
+                f"({printable(names[0])}, ...) that will be quantized"
+            )
+    return found

@@ -17,9 +17,11 @@ from lrq.config import Conversion
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.estimate import Estimate
+from lrq.measure import Budget
 from lrq.models.patterns import skeleton
 from lrq.models.policy import SUFFIX
 from lrq.plan import Plan, make_plan
+from lrq.report.notices import notices
 from lrq.selection.layer import Layer
 from lrq.selection.storage import spec_of
 from lrq_kernels._version import __version__
@@ -56,7 +58,9 @@ def bits_per_weight(plan: Plan) -> tuple[float, float]:
     return 8 * stored / max(weights, 1), 8 * (stored + copied) / max(elements, 1)
 
 
-def document(source: Reader, plan: Plan, conversion: Conversion, needs: Estimate) -> dict[str, Any]:
+def document(
+    source: Reader, plan: Plan, conversion: Conversion, needs: Estimate, budget: Budget | None = None
+) -> dict[str, Any]:
     """Everything that the plan says, for JSON."""
     quantized_bits, bits = bits_per_weight(plan)
     formats = Counter(layer.format.name for layer in plan.layers)
@@ -76,6 +80,8 @@ def document(source: Reader, plan: Plan, conversion: Conversion, needs: Estimate
             "gpu_peak_bytes": needs.gpu_bytes,
             "seconds": round(needs.seconds, 3),
         },
+        **({} if budget is None else {"budget": dataclasses.asdict(budget)}),
+        "notices": notices(plan, conversion),
         "kept": dict(Counter({**plan.kept, **plan.refused}.values())),
         "dropped": dict(Counter(plan.why_dropped.values())),
         "settings": conversion.settings(),

@@ -17,6 +17,8 @@ LONGEST = 10_000
 MOST_REPEATS = 100_000
 """Product of the counts in braces: the compiled expression takes memory in proportion."""
 
+_RECURSION = re.compile(r"(?<!\\)\(\?(?:R|[+-]?\d|&|P>)")
+
 
 class Expression:
     """One regular expression.
@@ -28,9 +30,13 @@ class Expression:
     def __init__(self, text: str, where: str, fullmatch: bool = False) -> None:
         self.text, self.where = text, where
         self._left = TIME_LIMIT
-        counts = (max(map(int, filter(None, found))) for found in re.findall(r"\{(\d+),?(\d*)\}", text))
-        if len(text) > LONGEST or math.prod(max(count, 1) for count in counts) > MOST_REPEATS:
+        counts = [max(map(int, filter(None, found))) for found in re.findall(r"\{(\d{1,9}),?(\d{0,9})\}", text)]
+        too_many = re.search(r"\d{10}", text) or math.prod(max(count, 1) for count in counts) > MOST_REPEATS
+        if len(text) > LONGEST or too_many:
             raise InputError(f"{where}: not a regular expression that can be run: too many repetitions, or too long")
+        if _RECURSION.search(text):
+            # Its memory grows faster than its time: the limit would come too late.
+            raise InputError(f"{where}: not a regular expression that can be run: it calls itself")
         try:
             compiled = regex.compile(text)
         except (regex.error, OverflowError, RecursionError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Iterator
@@ -83,9 +84,11 @@ def read_rules(
         raise InputError(f'{prefix}: must be a JSON object such as {{"attn": {{"format": "fp8"}}}}')
     rules, default = [], None
     for key, spec in table.items():
-        if key.startswith("_") and key != DEFAULT:
-            continue
         where = f"{prefix}: {_line(lines, (key,))}{printable(key)!r}"
+        if key.startswith("_") and key != DEFAULT:
+            if difflib.get_close_matches(key, (DEFAULT,), cutoff=0.8):
+                raise InputError(f"{where}: is no comment's name; did you mean {DEFAULT}?")
+            continue
         try:
             choice = read_spec(spec, base, f"--layer-config {printable(key)}")
         except SpecError as error:

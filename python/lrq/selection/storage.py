@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from lrq.config import Storage
+from lrq.config import Storage, check_ranges
 from lrq.errors import InputError, printable
 from lrq.formats import Format, Shape
 from lrq.formats.fp8 import Fp8
@@ -124,6 +124,7 @@ def _storage(spec: dict[str, Any], base: Storage) -> Storage:
         storage = replace(base, **changes)
         if storage.scaling_mode not in (None, "tensor", "row", "block"):
             raise InputError(f"scaling_mode: {nearest(str(storage.scaling_mode), ('tensor', 'row', 'block'))}")
+        check_ranges(storage)
         storage.check()
     except InputError as error:
         key = next((key for key in changes if f"--{key}" in str(error)), next(iter(changes), "format"))

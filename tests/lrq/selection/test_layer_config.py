@@ -157,6 +157,12 @@ WRONG = {
     "only tables": ('{"token": {"format": "nvfp4"}}', "embedding, which can only be fp8 or int8-tensor or int8-row"),
     "twice": ('{"fc": {"format": "fp8"},\n"fc": {"format": "nvfp4"}}', "line 2: 'fc' is given twice"),
     "default": ('{"_default": {"format": "fp9"}}', "'_default': no such format 'fp9'; did you mean fp8?"),
+    "misspelt default": (
+        '{"_defualt": {"format": "fp8"}}',
+        "line 1: '_defualt': is no comment's name; did you mean _default",
+    ),
+    "no blocks": ('{"fc": {"format": "fp8-block", "block_size": 0}}', "block_size: must be at least 1, got 0"),
+    "negative": ('{"fc": {"format": "fp8-block", "block_size": -4}}', "block_size: must be at least 1, got -4"),
 }
 
 
@@ -197,7 +203,10 @@ def test_the_time_limit_ends_a_search(monkeypatch):
         any(slow.finds("ab" * 40 + "!") for _ in range(1000))
 
 
-@pytest.mark.parametrize("text", ["((a{1000}){1000}){1000}", "a{99999999999}", "a" * 20_000, "(" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    ["((a{1000}){1000}){1000}", "a{99999999999}", f"a{{{'9' * 5000}}}", "a" * 20_000, "(" * 5000, "(?R)", "(a(?1)?b)"],
+)
 def test_an_expression_that_would_eat_the_memory_is_refused(text):
     with pytest.raises(InputError, match="not a regular expression"):
         Expression(text, "x")

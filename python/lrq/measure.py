@@ -1,0 +1,140 @@
+"""What only the weights can tell: the measured parts of --heur, --max_error and --target_bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrq.checkpoint.reader import Reader
+from lrq.config import Conversion
+from lrq.errors import InputError
+from lrq.formats import Format
+from lrq.models.policy import SUFFIX
+from lrq.plan import make_plan
+from lrq.selection.budget import CANDIDATES, SOURCE, Point, allocate, least_bits, stored_bits, weight_of_error
+from lrq.selection.heuristics import out_of_line, relative_error, widen
+from lrq.selection.layer import Layer
+from lrq.selection.storage import spec_of
+
+STEP = 0.25
+"""Bits a weight between two points of the curve that is reported."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What --target_bits bought."""
+
+    target: float
+    bits: float
+    """Of a weight, of those it decides on, without markers."""
+    error: float
+    """Percent that remains of |Ŵ − W|/|W|, as a root mean square over all outputs."""
+    curve: list[tuple[float, float]]
+    """Bits and error of other targets, from the least to the source's own."""
+
+
+def measures(conversion: Conversion) -> bool:
+    """Whether the weights decide on formats, too."""
+    selection = conversion.selection
+    return selection.heur or selection.max_error is not None or selection.target_bits is not None
+
+
+def measure_layers(source: Reader, conversion: Conversion, device: torch.device) -> tuple[Conversion, Budget | None]:
+    """The conversion with a decision for every layer that a measurement changes.
+
+    Raises:
+        InputError: as :func:`~lrq.plan.make_plan`; a target below what the smallest formats take.
+    """
+    selection, budget = conversion.selection, None
+    if selection.target_bits is not None:
+        conversion = _with_family(conversion, nvfp4=True)
+    plan = make_plan(source, conversion, allow_empty=selection.target_bits is not None)
+    formats = {layer.name: layer.format for layer in plan.layers if not layer.asked}
+
+    def read(name: str) -> Tensor:
+        return source.read(f"{name}{SUFFIX}").to(device)
+
+    changed: dict[str, dict[str, Any]] = {}
+    if selection.heur:
+        reasons = out_of_line(formats.items(), read)
+        changed = {name: {"skip": True, "_why": why} for name, why in reasons.items()}
+    if selection.max_error is not None:
+        for name, fmt in formats.items():
+            wider = None if name in changed else widen(fmt, read(name), selection.max_error)
+            if wider is not None:
+                changed[name] = wider
+    if selection.target_bits is not None:
+        layers = [layer for layer in plan.layers if layer.name not in changed]
+        wide = make_plan(source, _with_family(conversion, nvfp4=False), allow_empty=True)
+        free = _free_layers(layers, [layer for layer in wide.layers if layer.name not in changed])
+        fixed = [layer for layer in layers if layer.name not in free]
+        if free:
+            bought, budget = _spend(conversion, free, fixed, read)
+            changed |= bought
+    decided = {**(selection.layers or {}), **changed}
+    return replace(conversion, selection=replace(selection, layers=decided or None)), budget
+
+
+def _with_family(conversion: Conversion, nvfp4: bool) -> Conversion:
+    return replace(conversion, storage=replace(conversion.storage, nvfp4=nvfp4))
+
+
+def _free_layers(narrow: list[Layer], wide: list[Layer]) -> dict[str, tuple[Layer, tuple[Format, ...]]]:
+    """Layers that no rule gives a format, and the formats they may take: NVFP4 where a run with NVFP4 stores them."""
+    ruled = {layer.name for layer in narrow if layer.asked or layer.why}
+    small = {layer.name for layer in narrow}
+    free = [layer for layer in wide if not (layer.asked or layer.why or layer.name in ruled)]
+    return {layer.name: (layer, CANDIDATES if layer.name in small else CANDIDATES[1:]) for layer in free}
+
+
+def _spend(
+    conversion: Conversion,
+    free: dict[str, tuple[Layer, tuple[Format, ...]]],
+    fixed: list[Layer],
+    read: Callable[[str], Tensor],
+) -> tuple[dict[str, dict[str, Any]], Budget]:
+    """The rules that spend the budget; layers whose format is fixed take their part of it."""
+    target = conversion.selection.target_bits or 0.0
+    points: dict[str, list[Point]] = {}
+    for name, (layer, formats) in free.items():
+        shape, w = layer.source.shape, read(name)
+        points[name] = [
+            Point(fmt.name, stored_bits(fmt, shape), weight_of_error(shape) * relative_error(fmt, w) ** 2)
+            for fmt in formats
+            if fmt.refusal(shape) is None
+        ]
+        points[name].append(Point(SOURCE, 8 * layer.source.size, 0.0))
+    taken = sum(stored_bits(layer.format, layer.source.shape) for layer in fixed)
+    shapes = [layer.source.shape for layer in (*fixed, *(layer for layer, _ in free.values()))]
+    weights = sum(map(math.prod, shapes))
+    outputs = sum(weight_of_error(layer.source.shape) for layer, _ in free.values())
+    least = (least_bits(points) + taken) / weights
+    if target < least:
+        raise InputError(f"--target_bits {target:g}: the smallest formats that the layers take need {least:.4f} bits")
+    bought = allocate(points, math.floor(target * weights) - taken)
+    spent = sum(point.bits for point in bought.chosen.values())
+    left = sum(point.error for point in bought.chosen.values())
+    curve = [(round((bits + taken) / weights, 4), _percent(error, outputs)) for bits, error in bought.corners]
+    by_name = {fmt.name: spec_of(fmt, conversion.storage.full_precision_matrix_mult) for fmt in CANDIDATES}
+    by_name[SOURCE] = {"skip": True}
+    why = {"_why": f"--target_bits {target:g}"}
+    rules = {name: by_name[point.name] | why for name, point in bought.chosen.items()}
+    return rules, Budget(target, round((spent + taken) / weights, 4), _percent(left, outputs), _thinned(curve))
+
+
+def _percent(error: float, outputs: int) -> float:
+    return round(100 * math.sqrt(max(error, 0.0) / outputs), 4)
+
+
+def _thinned(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Its points that are a step of bits apart at least, and the last."""
+    kept = curve[:1]
+    for point in curve[1:]:
+        if point[0] - kept[-1][0] >= STEP:
+            kept.append(point)
+    return kept if kept[-1] == curve[-1] else [*kept, curve[-1]]

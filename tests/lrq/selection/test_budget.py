@@ -1,0 +1,138 @@
+"""--target_bits: the least summed error within a budget."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections import Counter
+
+import pytest
+
+import lrq
+from checkpoints import convert, load, normal, run, save, transformer
+from lrq.checkpoint.reader import Reader
+from lrq.config import Conversion
+from lrq.errors import InputError
+from lrq.formats import FORMATS
+from lrq.plan import make_plan
+from lrq.run import default_output
+from lrq.selection.budget import Point, allocate, least_bits, lower_hull, stored_bits
+
+
+def random_layers(seed: int, count: int) -> dict[str, list[Point]]:
+    chance = random.Random(seed)
+    layers = {}
+    for i in range(count):
+        size, base = chance.choice([16, 32, 64]), chance.uniform(1, 100)
+        errors = [base, base * chance.uniform(0.05, 1.1), base * chance.uniform(0.02, 1.1), 0.0]
+        points = zip(("nvfp4", "fp8", "mxfp8", "source"), (18, 32, 33, 64), errors, strict=True)
+        layers[f"l{i}"] = [Point(name, bits * size, error) for name, bits, error in points]
+    return layers
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_corner_of_the_hull_is_the_best_of_all_choices(seed):
+    layers = random_layers(seed, 6)
+    everything = [
+        (sum(p.bits for p in choice), sum(p.error for p in choice)) for choice in itertools.product(*layers.values())
+    ]
+    for bits, error in allocate(layers, least_bits(layers)).corners:
+        bought = allocate(layers, bits).chosen.values()
+        assert sum(p.bits for p in bought) <= bits
+        best = min(e for b, e in everything if b <= bits)
+        assert sum(p.error for p in bought) == pytest.approx(best, abs=1e-9) == pytest.approx(error, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_between_the_corners_it_fits_and_no_uniform_format_is_better(seed):
+    layers = random_layers(seed, 12)
+    low, high = least_bits(layers), sum(points[-1].bits for points in layers.values())
+    for budget in range(low, high, 97):
+        bought = allocate(layers, budget).chosen.values()
+        error = sum(p.error for p in bought)
+        assert sum(p.bits for p in bought) <= budget
+        for column in zip(*layers.values(), strict=True):
+            assert sum(p.bits for p in column) > budget or error <= sum(p.error for p in column) + 1e-9
+
+
+def test_a_hull_is_convex_and_leaves_out_what_gains_nothing():
+    points = [Point("a", 4, 10), Point("b", 8, 9), Point("c", 9, 2), Point("d", 10, 2), Point("e", 16, 0)]
+    assert [point.name for point in lower_hull(points)] == ["a", "c", "e"]
+
+
+def test_bits_are_those_of_the_formats_without_the_scale_of_the_whole():
+    bits = {name: stored_bits(FORMATS[name], (256, 512)) / (256 * 512) for name in ("nvfp4", "fp8", "mxfp8")}
+    assert bits == {"nvfp4": 4.5, "fp8": 8.0, "mxfp8": 8.25}
+    assert stored_bits(FORMATS["fp8"], (4, 256, 512)) == 8 * 4 * 256 * 512
+
+
+@pytest.fixture
+def source(tmp_path):
+    tensors = {f"blocks.{i}.fc{j}.weight": normal(256, 128 * j, seed=9 * i + j) for i in range(4) for j in (1, 2)}
+    return save(tmp_path / "in.safetensors", tensors)
+
+
+@pytest.mark.parametrize("target, formats", [(4.5, {"nvfp4"}), (6.0, {"nvfp4", "fp8"}), (8.0, {"fp8"})])
+def test_the_plan_and_the_file_spend_the_budget(tmp_path, source, target, formats):
+    said = json.loads(run("plan", source, "--target_bits", target, "--json").stdout)
+    assert said["formats"].keys() == formats and sum(said["formats"].values()) == 8
+    assert target - 0.5 < said["budget"]["bits"] <= target == said["budget"]["target"]
+    bits, errors = zip(*said["budget"]["curve"], strict=True)
+    assert list(bits) == sorted(bits) and list(errors) == sorted(errors, reverse=True)
+    (tmp_path / "plan.json").write_text(json.dumps(said))
+    lrq.quantize(source, tmp_path / "a", target_bits=target)
+    assert run("convert", "-i", source, "-o", tmp_path / "b", "--plan", tmp_path / "plan.json").exit_code == 0
+    assert said["output_bytes"] == (tmp_path / "a").stat().st_size == (tmp_path / "b").stat().st_size
+    lrq.quantize(source, tmp_path / "c", **json.loads(load(tmp_path / "a").metadata["lrq"])["settings"])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    assert lrq.verify(tmp_path / "a", source).ok
+
+
+def test_what_rules_ask_for_stays_and_counts(tmp_path, source):
+    flags = ("--custom-layers", "fc1", "--custom-type", "int8", "--simple")
+    result = run("convert", "-i", source, "-o", tmp_path / "out", "--target_bits", 6, *flags)
+    assert result.exit_code == 0 and "target 6 bits: " in result.stderr
+    formats = {name: marker["format"] for name, marker in load(tmp_path / "out").stated.items()}
+    assert {formats[name] for name in formats if "fc1" in name} == {"int8_tensorwise"}
+    # A third of the weights has 8 bits, the rest may have 5 on average.
+    assert Counter(formats.values()) == {"int8_tensorwise": 4, "nvfp4": 4}
+
+
+def test_what_a_preset_stores_wider_than_nvfp4_stays_so(tmp_path):
+    shapes = {"img_in": (64, 64), "double_blocks.0.img_mod.lin": (384, 64), "double_blocks.0.img_attn.qkv": (192, 64)}
+    source = save(tmp_path / "in", {f"{name}.weight": normal(*shape) for name, shape in shapes.items()})
+    lrq.quantize(source, tmp_path / "out", preset="flux1", target_bits=8)
+    formats = {name: marker["format"] for name, marker in load(tmp_path / "out").stated.items()}
+    assert formats["double_blocks.0.img_mod.lin"] == "float8_e4m3fn" and "img_in" not in formats
+
+
+def test_weights_that_nvfp4_does_not_take_have_the_other_formats(tmp_path):
+    source = save(tmp_path / "in", {f"blocks.{i}.fc.weight": normal(64, 24, seed=i) for i in range(3)})
+    assert "the smallest formats that the layers take need " in run("plan", source, "--target_bits", 4.2).stderr
+    lrq.quantize(source, tmp_path / "out", target_bits=16.5)
+    assert lrq.verify(tmp_path / "out", source).ok
+
+
+def test_the_output_is_named_after_the_target(tmp_path):
+    source = save(tmp_path / "in.safetensors", transformer())
+    conversion = Conversion.from_settings({"target_bits": 6.5})
+    with Reader(source) as reader:
+        assert default_output(source, make_plan(reader, conversion), conversion).name == "in-6.5bits.safetensors"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"int8": True}, {"mxfp8": True}, {"scaling_mode": "row"}, {"max_error": 0.1}, {"target_bits": 0}]
+)
+def test_the_target_alone_chooses_formats(tmp_path, source, settings):
+    with pytest.raises(InputError, match="--target_bits: "):
+        lrq.quantize(source, tmp_path / "out", **{"target_bits": 6, **settings})
+
+
+def test_a_plan_reads_no_weights_unless_told_to(tmp_path, source):
+    said = [
+        run("plan", source, "--nvfp4", "--max_error", 0.05, *more, "--json").stdout for more in ((), ("--measure",))
+    ]
+    assert [set(json.loads(one)["formats"]) for one in said] == [{"nvfp4"}, {"mxfp8"}]
+    convert(source, tmp_path / "out", "--nvfp4", "--max_error", 0.05)
+    assert json.loads(said[1])["output_bytes"] == (tmp_path / "out").stat().st_size
