@@ -102,13 +102,16 @@ constexpr int kE4M3LastCode = 126;
 // Nearest E2M1 value of a magnitude, ties to even, saturating. The sum has the step of the grid as its last place:
 // adding rounds. Free of branches, which the search would mispredict.
 LRQ_INLINE float nearest_e2m1(float value) {
-    const float bounded = value < kE2M1Max ? value : kE2M1Max;
 #ifdef __CUDA_ARCH__
+    const float bounded = value < kE2M1Max ? value : kE2M1Max;
     const int exponent = static_cast<int>(to_bits(bounded) & 0x7f800000u);
     const float shift = __int_as_float(__viaddmax_s32(exponent, 22 << 23, (127 + 22) << 23));
 #else
-    const float octave = from_bits(to_bits(bounded) & 0x7f800000u);
-    const float shift = (octave > 1.0f ? octave : 1.0f) * 0x1p22f;
+    // The order of the bits of magnitudes is their order, and GCC vectorises it everywhere.
+    const uint32_t bits = to_bits(value) < 0x40c00000u ? to_bits(value) : 0x40c00000u;
+    const uint32_t octave = bits & 0x7f800000u;
+    const float bounded = from_bits(bits);
+    const float shift = from_bits((octave > 127u << 23 ? octave : 127u << 23) + (22u << 23));
 #endif
     return (bounded + shift) - shift;
 }

@@ -51,21 +51,33 @@ LRQ_INLINE uint32_t ruled_scale(float amax, float tensor_scale) {
     return encode_e4m3(ratio < kE4M3Max ? ratio : kE4M3Max);
 }
 
-LRQ_INLINE uint32_t best_scale(const float (&block)[kBlock], float amax, float tensor_scale, float coherence) {
+// Where the search of a block begins: a scale that saturates nothing, and a unit in which it is near 1. Without weights
+// or scale, or far beyond the last scale, there is nothing to search: `code` is the best.
+struct Start {
+    int code;
+    bool searches;
+    float unit;
+};
+
+LRQ_INLINE Start start_of(float amax, float tensor_scale) {
     const uint32_t ruled = ruled_scale(amax, tensor_scale);
     int start = ruled ? static_cast<int>(ruled) : 1;
     const float scale = tensor_scale * decode_e4m3(start);
-    if (!(amax > 0.0f && scale > 0.0f)) return 0;
+    if (!(amax > 0.0f && scale > 0.0f)) return {0, false, 1.0f};
     start += divide(amax, scale) > kE2M1Max && start < kE4M3LastCode ? 1 : 0;
     const float total = tensor_scale * decode_e4m3(start);
     // Of a block far beyond the last scale that is the best one: its largest weight decides.
-    if (!(amax <= 0x1p20f * total)) return start;
-    const float unit = decode_e8m0(254u - (to_bits(total) >> 23));
+    return {start, amax <= 0x1p20f * total, decode_e8m0(254u - (to_bits(total) >> 23))};
+}
+
+LRQ_INLINE uint32_t best_scale(const float (&block)[kBlock], float amax, float tensor_scale, float coherence) {
+    const Start start = start_of(amax, tensor_scale);
+    if (!start.searches) return start.code;
     float magnitudes[kBlock];
     LRQ_UNROLL
-    for (int i = 0; i < kBlock; ++i) magnitudes[i] = magnitude(block[i]) * unit;
-    Search<Candidates> search(magnitudes, amax * unit, coherence, {tensor_scale, unit});
-    return search.best_code(start);
+    for (int i = 0; i < kBlock; ++i) magnitudes[i] = magnitude(block[i]) * start.unit;
+    Search<Candidates> search(magnitudes, amax * start.unit, coherence, {tensor_scale, start.unit});
+    return search.best_code(start.code);
 }
 
 }  // namespace lrq::nvfp4

@@ -1,5 +1,5 @@
 // The block scale that minimises |E|^2 + g <E,W>^2/|W|^2: the loops, bounds and order of additions of
-// lrq_kernels/reference/search.py, which derives them; host and device.
+// lrq_kernels/reference/search.py, which derives them; a thread a block. On a CPU, cpu/lanes.h.
 #pragma once
 
 #include "quotient.h"
@@ -67,7 +67,6 @@ class Search {
     LRQ_INLINE float visit(int code) {
         const float scale = candidates_.scale(code);
         float squares[kSize], products[kSize];
-#ifdef __CUDA_ARCH__
         if (TwoPartReciprocal::serves(scale)) {
             const TwoPartReciprocal reciprocal(scale);
             const float inverse = reciprocal.high();
@@ -79,9 +78,6 @@ class Search {
                 products[i] = error * y;
             }
         } else {
-#else
-        {
-#endif
             const float inverse = reciprocal_of(scale);
             LRQ_UNROLL
             for (int i = 0; i < kSize; ++i) {

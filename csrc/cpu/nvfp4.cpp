@@ -7,6 +7,7 @@
 #include "../layout.h"
 #include "clones.h"
 #include "expand.h"
+#include "lanes.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -16,15 +17,65 @@ namespace {
 using nvfp4::kBlock;
 using nvfp4::Layout;
 
-LRQ_CLONES void row_scales(const float* row, int64_t blocks, float tensor_scale, const float* coherence,
-                           uint8_t* scales) {
-    for (int64_t b = 0; b < blocks; ++b) {
-        const float (&block)[kBlock] = *reinterpret_cast<const float (*)[kBlock]>(row + b * kBlock);
-        const float amax = largest(block, kBlock);
-        const uint32_t scale = coherence ? nvfp4::best_scale(block, amax, tensor_scale, *coherence)
-                                         : nvfp4::ruled_scale(amax, tensor_scale);
-        scales[b] = static_cast<uint8_t>(scale);
+// Without the instruction every multiply-add would be a call.
+#if defined(__x86_64__)
+const bool kMultipliesAndAdds = __builtin_cpu_supports("fma");
+#else
+constexpr bool kMultipliesAndAdds = true;
+#endif
+
+LRQ_CLONES void row_ruled_scales(const float* row, int64_t blocks, float tensor_scale, uint8_t* scales) {
+    for (int64_t b = 0; b < blocks; ++b)
+        scales[b] = static_cast<uint8_t>(nvfp4::ruled_scale(largest(row + b * kBlock, kBlock), tensor_scale));
+}
+
+// Of `count` blocks, at most kLanes.
+template <bool kFused>
+LRQ_INLINE void best_scales(const float* row, int64_t count, float tensor_scale, float coherence, uint8_t* scales) {
+    Blocks blocks;
+    blocks.tensor_scale = tensor_scale;
+    blocks.coherence = coherence;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        // Lanes without a block repeat the last one.
+        const float* const block = row + (lane < count ? lane : count - 1) * kBlock;
+        blocks.amax[lane] = largest(block, kBlock);
+        for (int i = 0; i < kBlock; ++i) blocks.magnitudes[i][lane] = magnitude(block[i]);
     }
+    LRQ_UNROLL
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const nvfp4::Start from = nvfp4::start_of(blocks.amax[lane], tensor_scale);
+        blocks.start[lane] = from.code;
+        blocks.searched[lane] = from.searches ? 1 : 0;
+        blocks.unit[lane] = from.unit;
+        blocks.amax[lane] *= from.unit;
+        LRQ_UNROLL
+        for (int i = 0; i < kBlock; ++i) blocks.magnitudes[i][lane] *= from.unit;
+    }
+    Lanes<int32_t> best;
+    LaneSearch<kFused>(blocks).best_codes(best);
+    for (int64_t lane = 0; lane < count; ++lane) scales[lane] = static_cast<uint8_t>(best[lane]);
+}
+
+LRQ_CLONES void row_best_scales_fused(const float* row, int64_t blocks, float tensor_scale, float coherence,
+                                      uint8_t* scales) {
+    for (int64_t b = 0; b < blocks; b += kLanes)
+        best_scales<true>(row + b * kBlock, std::min<int64_t>(kLanes, blocks - b), tensor_scale, coherence, scales + b);
+}
+
+LRQ_CLONES void row_best_scales_divided(const float* row, int64_t blocks, float tensor_scale, float coherence,
+                                        uint8_t* scales) {
+    for (int64_t b = 0; b < blocks; b += kLanes)
+        best_scales<false>(row + b * kBlock, std::min<int64_t>(kLanes, blocks - b), tensor_scale, coherence,
+                           scales + b);
+}
+
+void row_scales(const float* row, int64_t blocks, float tensor_scale, const float* coherence, uint8_t* scales) {
+    if (!coherence)
+        row_ruled_scales(row, blocks, tensor_scale, scales);
+    else if (kMultipliesAndAdds)
+        row_best_scales_fused(row, blocks, tensor_scale, *coherence, scales);
+    else
+        row_best_scales_divided(row, blocks, tensor_scale, *coherence, scales);
 }
 
 LRQ_CLONES void row_codes(const float* row, int64_t blocks, float tensor_scale, const uint8_t* scales, uint8_t* codes) {

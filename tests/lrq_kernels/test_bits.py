@@ -85,6 +85,10 @@ def cases(operation: str) -> Iterator[tuple[str, Args]]:
             for scale in (1e-45, 1e-38, 1e-3, 0.37, 1e4, 3e38):
                 for coherence in (None, 4.0):
                     yield f"given {scale:g}, {coherence}", (gaussian(40, 72), torch.tensor(scale), coherence)
+            # The last mantissa is the one whose quotients take a division each; by powers of two there are exact ties.
+            for scale in (1 - 2**-24, 2.0**-5):
+                yield f"given {scale}, 4.0", (MATRICES["ties"] / 7, torch.tensor(scale), 4.0)
+                yield f"given {scale}, bfloat16, 4.0", (gaussian(40, 72).bfloat16(), torch.tensor(scale), 4.0)
             # Their start is a subnormal E4M3 scale, which has not doubled 8 codes further: it bounds nothing.
             subnormal = [
                 [-15, 25, 20, -25, -10, 25, 20, -5, 20, -5, -20, -15, 0, -20, -10, -15],
