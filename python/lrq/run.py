@@ -195,7 +195,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         InputError: torch knows no such device, or it is not there.
     """
     if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -206,6 +206,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         raise InputError(f"--device {device}: {str(error).partition(chr(10))[0]}") from None
     if chosen.type == "meta":
         raise InputError("--device meta: holds no data")
+    if chosen.type == "cuda" and chosen.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 
