@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from lrq.config import Rounding
 
 ALIGNMENT = 64
-"""Directions of a tile of a GPU's matrix product; rows that no 16 bytes divide are slow."""
+"""A GPU gets zero directions up to a multiple of this: products of rows that no 16 bytes divide are slow."""
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -55,9 +55,9 @@ class Metric:
         return row, self.right.float().square().sum(-1)
 
     def to(self, dtype: torch.dtype) -> Metric:
-        """The same with directions of another dtype; on a GPU a multiple of :data:`ALIGNMENT` of them."""
-        left = None if self.left is None else _aligned(self.left).to(dtype)
-        return replace(self, right=_aligned(self.right).to(dtype), left=left)
+        """The same with directions of another dtype."""
+        left = None if self.left is None else self.left.to(dtype)
+        return replace(self, right=self.right.to(dtype), left=left)
 
     def select(self, index: Tensor) -> Metric:
         """That of some matrices of the batch."""
@@ -66,8 +66,7 @@ class Metric:
 
 
 def _aligned(directions: Tensor) -> Tensor:
-    more = -directions.shape[-1] % ALIGNMENT if directions.is_cuda else 0
-    return pad(directions, (0, more)) if more else directions
+    return pad(directions, (0, -directions.shape[-1] % ALIGNMENT)) if directions.is_cuda else directions
 
 
 def leading_directions(w: Tensor, count: int) -> Tensor:
@@ -131,4 +130,5 @@ def weight_metric(w: Tensor, rounding: Rounding) -> Metric:
     weights = values.pow(rounding.direction_power)[:, None]
     norm = weights.square().mean(-1, keepdim=True).sqrt()
     plain_weight = torch.full((len(w),), rounding.plain_weight, device=w.device)
-    return Metric(right * torch.where(norm > 0, weights / norm, 1.0), plain_weight, left)
+    right = _aligned(right * torch.where(norm > 0, weights / norm, 1.0))
+    return Metric(right, plain_weight, None if left is None else _aligned(left))
