@@ -12,6 +12,8 @@ from lrq.config import Rounding
 
 ALIGNMENT = 64
 """A GPU gets zero directions up to a multiple of this: products of rows that no 16 bytes divide are slow."""
+LEAST_VALUE = 1e-2
+"""Singular values below this share of the largest may leave too few digits to a direction of the other side."""
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ def leading_subspace(w: Tensor, count: int) -> tuple[Tensor, Tensor]:
     left, right, values = _leading(w, count)
     if right is None:
         assert left is not None
-        right = _other_side(w.mT, left)
+        right = _other_side(w.mT, left, values)
     return right, values
 
 
@@ -92,8 +94,8 @@ def leading_subspaces(w: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     left, right, values = _leading(w, count)
     if right is None:
         assert left is not None
-        return left, _other_side(w.mT, left), values
-    return _other_side(w, right), right, values
+        return left, _other_side(w.mT, left, values), values
+    return _other_side(w, right, values), right, values
 
 
 def _leading(w: Tensor, count: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -104,9 +106,15 @@ def _leading(w: Tensor, count: int) -> tuple[Tensor | None, Tensor | None, Tenso
     return (None, vectors, values) if tall else (vectors, None, values)
 
 
-def _other_side(w: Tensor, vectors: Tensor) -> Tensor:
-    # W'u has length σ: QR makes the directions of tiny σ, whose lengths are noise, orthonormal as well.
-    return torch.linalg.qr(w @ vectors).Q
+def _other_side(w: Tensor, vectors: Tensor, values: Tensor) -> Tensor:
+    # W'u has length σ and is orthogonal to the others but for noise, which one step of Cholesky QR takes away by
+    # products alone. Where σ is tiny only noise is left: there Householder's QR makes directions of it.
+    across = w @ vectors
+    if not bool((values > LEAST_VALUE * values.amax(-1, keepdim=True)).all()):
+        return torch.linalg.qr(across).Q
+    across = across / values[..., None, :]
+    factor = torch.linalg.cholesky(across.mT @ across)
+    return torch.linalg.solve_triangular(factor.mT, across, upper=True, left=False)
 
 
 def subspace_size(shape: tuple[int, ...], top_p: float, min_k: int, max_k: int) -> int:

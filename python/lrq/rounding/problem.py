@@ -64,9 +64,10 @@ class Problem:
             total += sum_of_squares(error)
         return total
 
-    def objective(self, values: Tensor) -> Tensor:
-        """``|U'EV|^2 + λ|E|^2``, float64 [B]."""
-        return sum_of_squares(self.projected(values)) + self.metric.plain_weight * self.plain(values)
+    def objective(self, values: Tensor, plain: Tensor | None = None) -> Tensor:
+        """``|U'EV|^2 + λ|E|^2``, float64 [B]; ``plain`` is ``|E|^2`` if that is known."""
+        plain = self.plain(values) if plain is None else plain
+        return sum_of_squares(self.projected(values)) + self.metric.plain_weight * plain
 
     def select(self, index: Tensor) -> Problem:
         """Some matrices of the batch."""
@@ -83,12 +84,6 @@ class Solution:
     iterations: list[int]
     stopped: list[str]
     """Why the solver stopped."""
-
-
-def relative_error(problem: Problem, values: Tensor) -> Tensor:
-    """|E|/|E0| of every matrix, E0 the error of round-to-nearest with the same scales; 1 if that is zero."""
-    start = problem.plain(problem.start)
-    return torch.where(start > 0, (problem.plain(values) / start).sqrt(), 1.0)
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

@@ -14,7 +14,7 @@ from lrq.formats import Format, Tensors
 from lrq.rounding.coordinate_descent import coordinate_descent
 from lrq.rounding.discrete import discrete
 from lrq.rounding.metric import weight_metric
-from lrq.rounding.problem import Problem, Solution, relative_error
+from lrq.rounding.problem import Problem, Solution
 from lrq.rounding.relaxation import AdamW, Original, RAdam, Relaxation
 
 SOLVERS: dict[str, Callable[[Problem, Rounding], Solution]] = {
@@ -95,8 +95,10 @@ def learn(problem: Problem, rounding: Rounding) -> tuple[Tensor, list[Outcome]]:
     solution = solve(problem, rounding)
     values, iterations, stopped = solution.values, solution.iterations, solution.stopped
     plain_weight = problem.metric.plain_weight.clone()
+    plain_before = problem.plain(problem.start)
     while True:
-        over = (relative_error(problem, values) > FROBENIUS_LIMIT).nonzero()[:, 0]
+        plain = problem.plain(values)
+        over = (plain > FROBENIUS_LIMIT**2 * plain_before).nonzero()[:, 0]
         if not len(over):
             break
         plain_weight[over] = 2 * plain_weight[over].clamp(min=0.05)
@@ -105,7 +107,7 @@ def learn(problem: Problem, rounding: Rounding) -> tuple[Tensor, list[Outcome]]:
         values = values.index_copy(0, over, solution.values)
         for position, i in enumerate(over.tolist()):
             iterations[i], stopped[i] = solution.iterations[position], solution.stopped[position]
-    before, after = problem.objective(problem.start), problem.objective(values)
+    before, after = problem.objective(problem.start, plain_before), problem.objective(values, plain)
     # Raising λ, or float32 in the last bits of a perfect fit, may lose against the start.
     lost = after > before
     values = torch.where(lost[:, None, None], problem.start, values)
