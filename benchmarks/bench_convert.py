@@ -189,6 +189,8 @@ def main() -> None:
     device = torch.device(args.device)
     source = write_flux_like(args.folder / f"flux-like-{args.blocks}.safetensors", args.blocks)
     try:
+        # Libraries come from the disk only once.
+        launched([sys.executable, "-m", "lrq.cli", "plan", str(source), "--device", device.type])
         rows = [measured(name, source, args.blocks, device, args.ctq) for name in args.formats]
     finally:
         source.unlink()
