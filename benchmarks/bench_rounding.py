@@ -129,7 +129,7 @@ def speed(models: Path | None, device: torch.device) -> list[dict[str, object]]:
     for setting, rounding in SETTINGS.items():
         quantize_layer(nvfp4, big, rounding, 0)
         tell(f"3072x12288 nvfp4, {setting}", seconds(lambda r=rounding: quantize_layer(nvfp4, big, r, 0), device))
-        metric = seconds(lambda r=rounding: weight_metric(big.float()[None], r), device)
+        metric = seconds(lambda r=rounding: weight_metric(big.float()[None], r, 3.0), device)
         tell(f"  of it the subspace, {setting}", metric)
         if setting != "default":
             _beside_ctq(big, rounding, device, tell, rows)

@@ -122,7 +122,12 @@ class Rounding:
     projection: str = _setting(
         "input", "Sides whose leading directions count extra: the inputs', or both.", choices=("input", "both")
     )
-    plain_weight: float = _setting(3.0, "λ, the weight of the plain error.", minimum=0.0, maximum=1e6)
+    plain_weight: float | None = _setting(
+        None,
+        "λ, the weight of the plain error [default: 3; 1 for FP8 and MXFP8, 10 for INT8 by row].",
+        minimum=0.0,
+        maximum=1e6,
+    )
     spectrum: float | None = _setting(
         None,
         "p: an input direction of singular value σ counts as σ^p [default: 1, or 0 with --projection both].",

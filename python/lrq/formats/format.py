@@ -47,6 +47,11 @@ class Format(ABC):
         """Who loads the file."""
         return STOCK
 
+    @property
+    def plain_weight(self) -> float:
+        """λ of learned rounding by default, chosen by the output of real models."""
+        return 3.0
+
     def refusal(self, shape: Shape) -> str | None:
         """Why a weight of this shape can't be stored, or None."""
         return None

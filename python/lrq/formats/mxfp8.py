@@ -29,6 +29,10 @@ class Mxfp8(Format):
     def name(self) -> str:
         return "mxfp8"
 
+    @property
+    def plain_weight(self) -> float:
+        return 1.0
+
     def block_shape(self, shape: Shape) -> tuple[int, int]:
         return 1, BLOCK
 

@@ -123,11 +123,12 @@ def subspace_size(shape: tuple[int, ...], top_p: float, min_k: int, max_k: int) 
     return max(1, min(max(int(top_p * smaller), min_k), max_k, smaller))
 
 
-def weight_metric(w: Tensor, rounding: Rounding) -> Metric:
+def weight_metric(w: Tensor, rounding: Rounding, plain_weight: float) -> Metric:
     """The metric of weights [B,N,K] by their own leading directions; ``rounding.projection`` names the sides.
 
     The largest weight is near 1, for the float32 range of the Gram matrix. An input direction of singular value σ
-    counts as ``σ^spectrum``, scaled so that the mean square of these is 1.
+    counts as ``σ^spectrum``, scaled so that the mean square of these is 1. ``plain_weight`` is λ where ``rounding``
+    has none.
     """
     k = subspace_size(tuple(w.shape), rounding.top_p, rounding.min_k, rounding.max_k)
     left = None
@@ -137,6 +138,6 @@ def weight_metric(w: Tensor, rounding: Rounding) -> Metric:
         right, values = leading_subspace(w, k)
     weights = values.pow(rounding.direction_power)[:, None]
     norm = weights.square().mean(-1, keepdim=True).sqrt()
-    plain_weight = torch.full((len(w),), rounding.plain_weight, device=w.device)
+    plain = plain_weight if rounding.plain_weight is None else rounding.plain_weight
     right = _aligned(right * torch.where(norm > 0, weights / norm, 1.0))
-    return Metric(right, plain_weight, None if left is None else _aligned(left))
+    return Metric(right, torch.full((len(w),), plain, device=w.device), None if left is None else _aligned(left))

@@ -80,7 +80,8 @@ def problem_of(fmt: Format, w: Tensor, tensors: Tensors, rounding: Rounding, see
     exponent = -torch.frexp(torch.maximum(high, -low)).exponent[:, None, None]
     prepared, compact = _times_power(prepared, exponent), _times_power(compact, exponent)
     start = start.bfloat16().view(prepared.shape)
-    return Problem(prepared, compact, block, start, fmt.grid, weight_metric(prepared, rounding), seed)
+    metric = weight_metric(prepared, rounding, fmt.plain_weight)
+    return Problem(prepared, compact, block, start, fmt.grid, metric, seed)
 
 
 def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
