@@ -162,6 +162,22 @@ def measured(name: str, source: Path, blocks: int, device: torch.device, ctq: st
     return row
 
 
+def learned(source: Path, device: torch.device) -> dict:
+    """Learned NVFP4: time, and the share of it in which the GPU was computing, from the first kernel to the last."""
+    output = source.with_name("out-learned.safetensors")
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
+    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as watch:
+        command = [sys.executable, "-m", "lrq.cli", "convert", "-i", str(source), "-o", str(output), "--nvfp4"]
+        run = launched([*command, "--device", device.type])
+        watch.terminate()
+        samples = [int(line) for line in watch.communicate()[0].split()]
+    output.unlink()
+    busy = [i for i, share in enumerate(samples) if share]
+    during = samples[busy[0] : busy[-1] + 1]
+    size = source.stat().st_size
+    return {"source_bytes": size, "busy_percent": sum(during) / len(during), **run, "gb_s": size / run["run_s"] / 1e9}
+
+
 def show(row: dict) -> None:
     stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in row["stages_s"].items())
     print(
@@ -184,6 +200,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp"))
     parser.add_argument("--formats", nargs="+", default=list(FLAGS), choices=list(FLAGS))
     parser.add_argument("--ctq", help="the command convert_to_quant of convert-to-quant")
+    parser.add_argument("--learned", type=int, default=0, help="blocks of a learned conversion, too; on a GPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -196,8 +213,16 @@ def main() -> None:
         source.unlink()
     for row in rows:
         show(row)
+    results = {"machine": machine(device), "results": rows}
+    if args.learned:
+        source = write_flux_like(args.folder / f"flux-like-{args.learned}.safetensors", args.learned)
+        try:
+            found = results["learned"] = learned(source, device)
+        finally:
+            source.unlink()
+        print(f"learned nvfp4: {found['gb_s']:.2f} GB/s, the GPU computed {found['busy_percent']:.0f} % of the time")
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(device), "results": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

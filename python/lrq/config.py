@@ -135,6 +135,13 @@ class Rounding:
         maximum=8.0,
     )
 
+    scale_rounds: int = _setting(
+        0,
+        "Rounds in which the block scales of NVFP4 and MXFP8 are searched again for the chosen codes, and then the "
+        "codes, while the error that counts falls; pays with --projection both.",
+        minimum=0,
+    )
+
     @property
     def direction_power(self) -> float:
         """``spectrum`` with its default filled in."""
@@ -200,7 +207,7 @@ _OF_SEARCH = ("scale_search", "coherence")
 _OF_RELAXATION = ("lr", "lr_schedule")
 _OF_LEARNING = (
     *("optimizer", "num_iter", *_OF_RELAXATION, "top_p", "min_k", "max_k"),
-    *("projection", "plain_weight", "spectrum", "seed"),
+    *("projection", "plain_weight", "spectrum", "scale_rounds", "seed"),
 )
 
 

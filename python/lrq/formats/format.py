@@ -28,6 +28,8 @@ class Format(ABC):
     grid: ClassVar[Grid]
     has_scale_search: ClassVar[bool] = False
     """Whether :meth:`quantize` can search block scales."""
+    last_scale: ClassVar[int] = 0
+    """The largest code of a block scale, of a format with a scale search."""
 
     tile_rows: ClassVar[int] = 1
     """Rows of a part of a weight that is quantized by itself come in multiples of this."""
@@ -87,6 +89,18 @@ class Format(ABC):
     @abstractmethod
     def with_codes(self, tensors: Tensors, values: Tensor) -> Tensors:
         """The same scales with other grid values [..,N,K]."""
+
+    def scale_codes(self, tensors: Tensors, shape: Shape) -> Tensor:
+        """Codes of the block scales, int32 [..,N,blocks], of a format with a scale search; 0 is a scale of zero."""
+        raise NotImplementedError
+
+    def scales_of(self, codes: Tensor, tensors: Tensors) -> Tensor:
+        """What the codes of block scales stand for, float32; a larger code is a larger scale."""
+        raise NotImplementedError
+
+    def with_scale_codes(self, tensors: Tensors, codes: Tensor) -> Tensors:
+        """The same grid values with other block scales."""
+        raise NotImplementedError
 
     @classmethod
     @abstractmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -24,6 +25,7 @@ class Mxfp8(Format):
     grid: ClassVar[Grid] = E4M3
     tile_rows: ClassVar[int] = 128
     has_scale_search: ClassVar[bool] = True
+    last_scale: ClassVar[int] = 254
 
     @property
     def name(self) -> str:
@@ -55,6 +57,20 @@ class Mxfp8(Format):
         stored = tensors["weight"]
         missing = (0, stored.shape[-1] - values.shape[-1], 0, stored.shape[-2] - values.shape[-2])
         return {**tensors, "weight": encode_e4m3(pad(values, missing))}
+
+    def scale_codes(self, tensors: Tensors, shape: Shape) -> Tensor:
+        rows, columns = shape[-2:]
+        stored = tensors["weight"]
+        exponents = lrq_kernels.unswizzle_scales(tensors["weight_scale"], stored.shape[-2], stored.shape[-1] // BLOCK)
+        return exponents[..., :rows, : -(-columns // BLOCK)].int()
+
+    def scales_of(self, codes: Tensor, tensors: Tensors) -> Tensor:
+        return power_of_two(codes).masked_fill(codes == 0, 0.0)
+
+    def with_scale_codes(self, tensors: Tensors, codes: Tensor) -> Tensors:
+        stored = tensors["weight"]
+        missing = (0, stored.shape[-1] // BLOCK - codes.shape[-1], 0, stored.shape[-2] - codes.shape[-2])
+        return {**tensors, "weight_scale": lrq_kernels.swizzle_scales(pad(codes.to(torch.uint8), missing))}
 
     @classmethod
     def read(cls, marker: dict[str, Any], tensors: dict[str, Shape]) -> Mxfp8:

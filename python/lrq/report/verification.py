@@ -197,8 +197,9 @@ def _check_own(fmt: Format, tensors: Tensors, w: torch.Tensor, rounding: Roundin
     """What this version writes follows from the weight to the bit, but for the codes that learned rounding moves."""
     single = w.float() if w.dtype == torch.float64 else w
     expected = fmt.quantize(single, rounding.coherence if rounding.scale_search else None)
+    learned = () if rounding.simple else ("weight", "weight_scale") if rounding.scale_rounds else ("weight",)
     for suffix, tensor in expected.items():
-        if (suffix != "weight" or rounding.simple) and not same_bytes(tensors[suffix], tensor):
+        if suffix not in learned and not same_bytes(tensors[suffix], tensor):
             raise ValueError(f"{suffix} is not what the recorded settings give for the source's weight")
 
 

@@ -30,6 +30,8 @@ class Problem:
     grid: Grid
     metric: Metric
     seed: int
+    unit: Tensor
+    """What stored scales are multiplied by to be :attr:`scale`: powers of two, float32 [B,1,1]."""
 
     def spread_scale(self, rows: slice = slice(None)) -> Tensor:
         """The scale of every weight of some rows; broadcasts to [B,rows,K]."""
@@ -38,12 +40,15 @@ class Problem:
         scale = self.scale[:, index]
         return scale if scale.shape[2] == 1 else scale.repeat_interleave(self.block[1], 2)[..., :columns]
 
-    def errors(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """E = q·scale − W by rows, a part at a time: whole, it would take as much memory as the weight."""
+    def parts(self) -> Iterator[slice]:
+        """Some rows after the other, of :data:`CHUNK` weights."""
         count, rows, columns = self.weight.shape
         step = max(1, CHUNK // (count * columns))
-        for first in range(0, rows, step):
-            part = slice(first, first + step)
+        yield from (slice(first, first + step) for first in range(0, rows, step))
+
+    def errors(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """E = q·scale − W by rows, a part at a time: whole, it would take as much memory as the weight."""
+        for part in self.parts():
             yield part, (values[:, part].float() * self.spread_scale(part)).sub_(self.weight[:, part])
 
     def error(self, values: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ class Problem:
 
     def select(self, index: Tensor) -> Problem:
         """Some matrices of the batch."""
-        parts = {name: getattr(self, name)[index] for name in ("weight", "scale", "start")}
+        parts = {name: getattr(self, name)[index] for name in ("weight", "scale", "start", "unit")}
         return replace(self, **parts, metric=self.metric.select(index))
 
 

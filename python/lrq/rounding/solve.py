@@ -16,6 +16,7 @@ from lrq.rounding.discrete import discrete
 from lrq.rounding.metric import weight_metric
 from lrq.rounding.problem import Problem, Solution
 from lrq.rounding.relaxation import AdamW, Original, RAdam, Relaxation
+from lrq.rounding.scales import refine_scales
 
 SOLVERS: dict[str, Callable[[Problem, Rounding], Solution]] = {
     "discrete": discrete,
@@ -38,6 +39,8 @@ class Outcome:
     objective_before: float
     """In units of the power of two above the largest weight."""
     objective_after: float
+    plain_weight: float
+    """λ, as raised for the limit of |E|."""
 
 
 def layer_seed(seed: int, name: str) -> int:
@@ -53,8 +56,23 @@ def quantize_layer(fmt: Format, w: Tensor, rounding: Rounding, seed: int) -> tup
     if rounding.simple:
         return tensors, []
     shape = tuple(w.shape)
-    values, outcomes = learn(problem_of(fmt, w, tensors, rounding, seed), rounding)
+    problem = problem_of(fmt, w, tensors, rounding, seed)
+    values, outcomes = learn(problem, rounding)
+    if rounding.scale_rounds and fmt.has_scale_search:
+        tensors, values, outcomes = _with_scales(fmt, tensors, problem, values, outcomes, rounding)
     return fmt.with_codes(tensors, values.view(shape).float()), outcomes
+
+
+def _with_scales(
+    fmt: Format, tensors: Tensors, problem: Problem, values: Tensor, outcomes: list[Outcome], rounding: Rounding
+) -> tuple[Tensors, Tensor, list[Outcome]]:
+    """Scales and codes in turn, by the λ that keeps |E| within its limit."""
+    plain_weight = problem.metric.plain_weight.new_tensor([one.plain_weight for one in outcomes])
+    held = replace(problem, metric=replace(problem.metric, plain_weight=plain_weight))
+    most = FROBENIUS_LIMIT**2 * problem.plain(problem.start)
+    tensors, found, values = refine_scales(fmt, tensors, held, values, rounding, SOLVERS[rounding.optimizer], most)
+    objective = replace(found, metric=problem.metric).objective(values).tolist()
+    return tensors, values, [replace(one, objective_after=f) for one, f in zip(outcomes, objective, strict=True)]
 
 
 def quantize_layers(
@@ -81,7 +99,8 @@ def problem_of(fmt: Format, w: Tensor, tensors: Tensors, rounding: Rounding, see
     prepared, compact = _times_power(prepared, exponent), _times_power(compact, exponent)
     start = start.bfloat16().view(prepared.shape)
     metric = weight_metric(prepared, rounding, fmt.plain_weight)
-    return Problem(prepared, compact, block, start, fmt.grid, metric, seed)
+    unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    return Problem(prepared, compact, block, start, fmt.grid, metric, seed, unit)
 
 
 def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
@@ -114,4 +133,4 @@ def learn(problem: Problem, rounding: Rounding) -> tuple[Tensor, list[Outcome]]:
     values = torch.where(lost[:, None, None], problem.start, values)
     least = torch.minimum(before, after).tolist()
     stopped = ["nearest is best" if i else why for i, why in zip(lost.tolist(), stopped, strict=True)]
-    return values, list(map(Outcome, iterations, stopped, before.tolist(), least))
+    return values, list(map(Outcome, iterations, stopped, before.tolist(), least, plain_weight.tolist()))
