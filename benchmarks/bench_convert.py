@@ -58,10 +58,11 @@ def launched(command: list[str]) -> dict:
     if found.pop("code"):
         raise SystemExit(f"{' '.join(command)}:\n{said}")
     run = re.search(r" in ([\d.]+) s\n", said)
-    predicted = re.search(r"predicted ([\d.]+) (MB|GB)", said)
-    if run and predicted:
+    memory = re.search(r"peak memory ([\d.]+) (MB|GB), predicted ([\d.]+) (MB|GB)", said)
+    if run and memory:
         found["run_s"] = float(run[1])
-        found["predicted_bytes"] = float(predicted[1]) * {"MB": 1e6, "GB": 1e9}[predicted[2]]
+        for name, value, unit in (("stated", *memory.group(1, 2)), ("predicted", *memory.group(3, 4))):
+            found[f"{name}_bytes"] = float(value) * {"MB": 1e6, "GB": 1e9}[unit]
     return found
 
 
