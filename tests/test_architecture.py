@@ -17,6 +17,7 @@ FLOORS = {
     "lrq.execution": 0,
     "lrq.packing": 1,
     "lrq.formats": 1,
+    "lrq.calibration": 1,
     "lrq.rounding": 1,
     "lrq.plan": 2,
     "lrq.selection": 2,
