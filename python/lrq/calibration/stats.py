@@ -9,8 +9,9 @@ the inputs were measured or simulated; what else stands there is for people.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,11 @@ class StatsFile(Mapping[str, InputStats]):
         """Whether the inputs are real ones."""
         return self.origin == MEASURED
 
+    @property
+    def transposed(self) -> tuple[str, ...]:
+        """Layers whose checkpoint stores the weight as [K,N]; their statistics do not fit what is quantized."""
+        return tuple(filter(None, self.metadata.get("transposed", "").split("\n")))
+
     def digest(self) -> str:
         """SHA-256 of the file, hexadecimal."""
         with open(self.path, "rb") as file:
@@ -146,8 +152,15 @@ class StatsFile(Mapping[str, InputStats]):
         """Raises InputError for values that no inputs have."""
         if layer not in self._layers:
             raise KeyError(layer)
+        return self._read(layer, self._layers[layer])
+
+    def brief(self, layer: str) -> InputStats:
+        """The statistics without the second moments across inputs, which are large."""
+        return self._read(layer, REQUIRED)
+
+    def _read(self, layer: str, suffixes: Iterable[str]) -> InputStats:
         found: dict[str, Tensor] = {
-            suffix: self._guarded(partial(self._file.get_tensor, f"{layer}.{suffix}")) for suffix in self._layers[layer]
+            suffix: self._guarded(partial(self._file.get_tensor, f"{layer}.{suffix}")) for suffix in suffixes
         }
         where = f"{self.path}: layer {printable(layer)}"
         for suffix, tensor in found.items():
@@ -167,6 +180,10 @@ class StatsFile(Mapping[str, InputStats]):
             found.get("eigenvectors"),
             found.get("eigenvalues"),
         )
+
+    def size(self, layer: str) -> int:
+        """Bytes of a layer's statistics in memory."""
+        return sum(8 * math.prod(shape) for shape in self._layers[layer].values())
 
     def columns(self, layer: str) -> int:
         """K of a layer, without reading it."""
