@@ -32,6 +32,7 @@ FLOORS = {
     "lrq.models": 2,
     "lrq.report": 2,
     "lrq.run": 3,
+    "lrq.calibrate": 3,
     "lrq.cli": 3,
     "lrq": 3,
 }

@@ -52,7 +52,7 @@ def save_stats(path: str | os.PathLike[str], stats: Mapping[str, InputStats], or
         raise InputError(f"{path}: there are no statistics to save; no layer saw an input")
     tensors: dict[str, Tensor] = {}
     for layer, one in stats.items():
-        tensors |= {f"{layer}.{suffix}": tensor.contiguous() for suffix, tensor in _tensors(one).items()}
+        tensors |= {f"{layer}.{suffix}": tensor.contiguous().clone() for suffix, tensor in _tensors(one).items()}
     unfinished = Path(f"{os.fspath(path)}.partial")
     try:
         save_file(tensors, unfinished, {**about, "lrq_stats": VERSION, "origin": origin})
