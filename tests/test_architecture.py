@@ -33,6 +33,7 @@ FLOORS = {
     "lrq.report": 2,
     "lrq.run": 3,
     "lrq.calibrate": 3,
+    "lrq.actscale": 3,
     "lrq.cli": 3,
     "lrq": 3,
 }

@@ -100,13 +100,13 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
         causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
         kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = kind.from_pretrained(folder, local_files_only=True, dtype="auto").to(device).eval()
+        model: Any = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: no text model that transformers loads: {printable(reason)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return model.to(device).eval(), tokenizer
 
 
 def simulate(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> Calibrated:

@@ -43,7 +43,7 @@ DEVIATIONS = 4.0
 
 
 def feeds(keys: Collection[str]) -> dict[str, str]:
-    """By layer with a ``.weight`` among ``keys``, the norm that feeds it; empty for models that use the names otherwise."""
+    """By layer with a ``.weight`` among ``keys``, the norm that feeds it; none in models that use the names otherwise."""
     if any(part in key for key in keys for part in UNLIKE):
         return {}
     found: dict[str, str] = {}

@@ -50,3 +50,38 @@ def calibrate(
         click.echo(f"{printable(str(done.path))}: inputs of {counted(done.layers, 'layer')}{tokens}", err=True)
 
     guarded(work)
+
+
+@click.command(cls=DashCommand, context_settings=CONTEXT)
+@click.argument("source", metavar="FILE")
+@click.option("--calib", metavar="STATS", help="Statistics of the layers' inputs (lrq calibrate).")
+@click.option("--input_scales", metavar="FILE", help="JSON or checkpoint that holds the scales; wins over --calib.")
+@click.option(
+    "--actcal_percentile",
+    type=click.FloatRange(50, 100),
+    default=100.0,
+    show_default=True,
+    help="Share of the inputs' magnitudes, in percent, that must not clip.",
+)
+@click.option("-o", "--output", required=True, metavar="FILE", help="The file to write.")
+def actscale(source: str, calib: str | None, input_scales: str | None, actcal_percentile: float, output: str) -> None:
+    """Give the FP8 and NVFP4 layers of a quantized FILE an input_scale; all other tensors stay as they are.
+
+    \b
+    Example:
+      lrq actscale model-fp8.safetensors --calib stats.safetensors -o model-fp8-static.safetensors
+    """
+    from lrq.cli.main import guarded
+
+    def work() -> None:
+        if calib is None and input_scales is None:
+            raise InputError("actscale: needs --calib STATS or --input_scales FILE")
+        from lrq.actscale import patch_input_scales
+
+        done = patch_input_scales(source, output, calib=calib, input_scales=input_scales, percentile=actcal_percentile)
+        for notice in done.notices:
+            click.echo(f"notice: {notice}", err=True)
+        scales = counted(len(done.scales), "input scale")
+        click.echo(f"{printable(str(done.path))}: {scales}, the rest as it was", err=True)
+
+    guarded(work)

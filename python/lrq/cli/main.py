@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from lrq.cli.calibrating import calibrate
+from lrq.cli.calibrating import actscale, calibrate
 from lrq.cli.options import DashCommand, OneLineGroup, configuration_options, execution_options
 from lrq.errors import InputError, printable
 from lrq.execution import Execution
@@ -164,6 +164,7 @@ def plan(source: str, device: str, as_json: bool, verbose: bool, measure: bool, 
 
 main.add_command(convert_to_quant, "convert")
 main.add_command(calibrate)
+main.add_command(actscale)
 
 
 @main.command(cls=DashCommand)
