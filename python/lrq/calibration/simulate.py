@@ -43,7 +43,7 @@ DEVIATIONS = 4.0
 
 
 def feeds(keys: Collection[str]) -> dict[str, str]:
-    """By layer with a ``.weight`` among ``keys``, the norm that feeds it; none in models that use the names otherwise."""
+    """The norm that feeds it, by layer with a ``.weight`` among ``keys``; empty for models with other uses of names."""
     if any(part in key for key in keys for part in UNLIKE):
         return {}
     found: dict[str, str] = {}
