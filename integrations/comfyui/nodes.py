@@ -26,7 +26,7 @@ class CollectInputs:
     RETURN_NAMES = ("model", "inputs")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802: ComfyUI's name
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         return {
             "required": {
                 "model": ("MODEL",),
@@ -61,7 +61,7 @@ class SaveStatistics:
     OUTPUT_NODE = True
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802: ComfyUI's name
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         return {
             "required": {
                 "inputs": ("LRQ_INPUTS",),
