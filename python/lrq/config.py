@@ -10,10 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lrq.errors import InputError
-
-
-def _setting(default: Any, meaning: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"meaning": meaning, **metadata})
+from lrq.settings import check_ranges
+from lrq.settings import setting as _setting
 
 
 @dataclass(frozen=True)
@@ -203,6 +201,37 @@ class Selection:
             raise InputError("--target_bits: decides on formats by itself; leave --max_error away")
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What is made of statistics of the layers' inputs."""
+
+    calib: str | None = _setting(
+        None, "Statistics of the layers' inputs (lrq calibrate): measured ones also correct biases.", metavar="FILE"
+    )
+    bias_correction: bool = _setting(
+        True, "With measured statistics: b - (Ŵ - W)μ, so that the mean of every output stays.", on_off=True
+    )
+    add_bias: bool = _setting(False, "Give layers without a bias one that holds the correction.")
+    actcal: bool = _setting(False, "Write input_scale of FP8 and NVFP4 layers, from the statistics of --calib.")
+    actcal_percentile: float = _setting(
+        100.0,
+        "Share of the inputs' magnitudes, in percent, that must not clip; 100: the largest.",
+        minimum=50.0,
+        maximum=100.0,
+    )
+    input_scales: str | None = _setting(
+        None, "Take input_scale from this JSON file or checkpoint; wins over --actcal.", metavar="FILE"
+    )
+
+    def check(self) -> None:
+        """Raise :class:`InputError` for a combination that has no meaning."""
+        for name in ("actcal", "add_bias"):
+            if getattr(self, name) and self.calib is None:
+                raise InputError(f"--{name}: needs the statistics of --calib")
+        if self.add_bias and not self.bias_correction:
+            raise InputError("--add_bias: has no meaning with --bias_correction off")
+
+
 _OF_SEARCH = ("scale_search", "coherence")
 _OF_RELAXATION = ("lr", "lr_schedule")
 _OF_LEARNING = (
@@ -218,15 +247,17 @@ class Conversion:
     storage: Storage = field(default_factory=Storage)
     rounding: Rounding = field(default_factory=Rounding)
     selection: Selection = field(default_factory=Selection)
+    calibration: Calibration = field(default_factory=Calibration)
     seed: int = _setting(0, "Seed of the choices of learned rounding.", minimum=0)
 
     def check(self) -> None:
         """Raise :class:`InputError` for values or combinations that have no meaning."""
-        for part in (self.storage, self.rounding, self.selection, self):
+        for part in (self.storage, self.rounding, self.selection, self.calibration, self):
             check_ranges(part)
         self.storage.check()
         self.rounding.check()
         self.selection.check()
+        self.calibration.check()
         other = replace(self.storage, nvfp4=False, full_precision_matrix_mult=False) != Storage()
         if self.selection.target_bits is not None and other:
             raise InputError("--target_bits: chooses among NVFP4, FP8 and MXFP8 by itself; leave other formats away")
@@ -234,7 +265,8 @@ class Conversion:
     def settings(self) -> dict[str, Any]:
         """The flat view: every flag by its name."""
         flat = dataclasses.asdict(self)
-        return {**flat.pop("storage"), **flat.pop("rounding"), **flat.pop("selection"), **flat}
+        parts = [flat.pop(part.__name__.lower()) for part in PARTS]
+        return {name: value for part in (*parts, flat) for name, value in part.items()}
 
     def without_effect(self) -> list[str]:
         """One line for every setting that was changed, and changes nothing beside the others."""
@@ -247,6 +279,8 @@ class Conversion:
             **({"coherence": "--scale_search off"} if searches and not self.rounding.scale_search else {}),
             **(dict.fromkeys(_OF_RELAXATION, f"--optimizer {self.rounding.optimizer}") if self._on_the_grid() else {}),
             **(dict.fromkeys(_OF_LEARNING, "--simple") if self.rounding.simple else {}),
+            **({"bias_correction": "there is no --calib"} if self.calibration.calib is None else {}),
+            **({} if self.calibration.actcal else {"actcal_percentile": "there is no --actcal"}),
         }
         return [f"--{name} has no effect: {reasons[name]}" for name in sorted(changed & reasons.keys())]
 
@@ -274,35 +308,5 @@ class Conversion:
         return conversion
 
 
-PARTS: tuple[type, ...] = (Storage, Rounding, Selection)
+PARTS: tuple[type, ...] = (Storage, Rounding, Selection, Calibration)
 """What a conversion is made of."""
-_KINDS: dict[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "int": (int,),
-    "float": (float, int),
-    "str": (str,),
-    "dict": (dict,),
-    "tuple": (tuple,),
-}
-
-
-def check_ranges(part: Any) -> None:
-    """Raise :class:`InputError` for a field of a part of the configuration that has a value of no meaning."""
-    for setting in dataclasses.fields(part):
-        _check_range(setting, getattr(part, setting.name))
-
-
-def _check_range(setting: dataclasses.Field[Any], value: Any) -> None:
-    limits = setting.metadata
-    if value is None and setting.default is None:
-        return
-    kinds = _KINDS.get(str(setting.type).removesuffix(" | None"))
-    if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-        raise InputError(f"--{setting.name}: must be {setting.type.removesuffix(' | None')}, got {value!r}")
-    if "choices" in limits and value not in limits["choices"]:
-        raise InputError(f"--{setting.name}: must be one of {', '.join(limits['choices'])}, got {value!r}")
-    low, high = limits.get("minimum"), limits.get("maximum")
-    # Written so that NaN fails.
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise InputError(f"--{setting.name}: must be {allowed}, got {value}")

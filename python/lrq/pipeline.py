@@ -6,12 +6,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 import lrq_kernels
+from lrq.calibration.inputs import InputStats
 from lrq.checkpoint.reader import TORCH_DTYPES, Reader
 from lrq.checkpoint.writer import Writer
 from lrq.config import Conversion
@@ -19,12 +20,15 @@ from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.formats import Tensors
 from lrq.plan import Plan
+from lrq.repair.bias import OutputError, corrected, mean_shift, output_error
 from lrq.rounding.solve import Outcome, layer_seed, quantize_layer
+from lrq.selection.inputs import Inputs
 from lrq.selection.layer import Layer
 from lrq.staging.conveyor import Conveyor, Load, Step
 from lrq.staging.memory import MemoryPlan
 from lrq.staging.naming import naming
 from lrq.staging.places import place_on
+from lrq.staging.tiles import Tile
 
 LARGEST = 2.0**100
 """A larger weight could leave float32: rounded up to the next value of a grid, or summed over a ConvRot group."""
@@ -41,6 +45,10 @@ class LayerResult:
     shape: tuple[int, ...]
     outcomes: tuple[Outcome, ...]
     """One per matrix of learned rounding; empty for simple rounding, and where an earlier run did it."""
+    corrected: bool = False
+    """Whether its bias took the mean error."""
+    output: OutputError | None = None
+    """What the statistics of its inputs say of the outputs; None without them, and where an earlier run did it."""
 
 
 OnLayer = Callable[[LayerResult], None]
@@ -81,7 +89,7 @@ def run_plan(
             on_layer(results[-1])
 
     with Conveyor(source, writer, place_on(device, memory.vram_limit), memory) as conveyor:
-        quantizer = _Quantizer(source, conversion, device)
+        quantizer = _Quantizer(source, conversion, device, plan.inputs)
         done = {layer.name for layer in plan.layers if _is_finished(layer, writer)}
         loads = conveyor.loads(_steps(plan, writer, memory, done))
         for layer in plan.layers:
@@ -111,7 +119,9 @@ def _steps(plan: Plan, writer: Writer, memory: MemoryPlan, done: set[str]) -> It
 
 
 def _is_finished(layer: Layer, writer: Writer) -> bool:
-    suffixes = (*layer.format.layout(layer.source.shape), comfyui.MARKER)
+    suffixes = [*layer.format.layout(layer.source.shape), comfyui.MARKER]
+    suffixes += [comfyui.BIAS] if layer.corrects is not None else []
+    suffixes += [comfyui.INPUT_SCALE] if layer.input_scale is not None else []
     return all(f"{layer.name}.{suffix}" in writer.finished for suffix in suffixes)
 
 
@@ -134,10 +144,16 @@ def _run_layer(
             conveyor.release(load)
         scale = quantizer.scale_of(layer, largest)
     outcomes: list[Outcome] = []
+    errors: list[OutputError] = []
+    quantizer.begin(layer)
     for _ in tiles:
-        outcomes += _run_tile(quantizer, next(loads), scale, conveyor, writer, underway.writes)
-    result = underway.result
-    underway.result = LayerResult(result.name, result.format, result.shape, tuple(outcomes))
+        more, error = _run_tile(quantizer, next(loads), scale, conveyor, writer, underway.writes)
+        outcomes += more
+        errors += [] if error is None else [error]
+    output = sum(errors[1:], errors[0]) if errors else None
+    underway.result = replace(
+        underway.result, outcomes=tuple(outcomes), corrected=layer.corrects is not None, output=output
+    )
 
 
 def _run_tile(
@@ -147,22 +163,32 @@ def _run_tile(
     conveyor: Conveyor,
     writer: Writer,
     writes: list[Future[None]],
-) -> list[Outcome]:
+) -> tuple[list[Outcome], OutputError | None]:
     """A function of its own: what it computed must not be held while the next tile is waited for."""
     tile, layer = load.tile, load.tile.layer
     tensors, outcomes = quantizer.quantize(load, scale)
+    bias, error = quantizer.absorb(load, tensors)
     parts = {f"{layer.name}.{suffix}": (begin, tensors[suffix]) for suffix, begin in tile.places().items()}
     if not tile.begin:
         parts[f"{layer.name}.{comfyui.MARKER}"] = (0, comfyui.marker_tensor(layer.marker))
+        if layer.input_scale is not None:
+            parts[f"{layer.name}.{comfyui.INPUT_SCALE}"] = (0, torch.tensor(layer.input_scale, dtype=torch.float32))
+    if bias is not None:
+        parts[f"{layer.name}.{comfyui.BIAS}"] = (tile.begin * bias.element_size(), bias)
     writes += conveyor.write(load, {name: part for name, part in parts.items() if name not in writer.finished})
-    return outcomes
+    return outcomes, error
 
 
 class _Quantizer:
     """Computes tiles; what can go wrong with a layer is one line that names it."""
 
-    def __init__(self, source: Reader, conversion: Conversion, device: torch.device) -> None:
-        self._path, self._conversion, self._device = source.path, conversion, device
+    def __init__(self, source: Reader, conversion: Conversion, device: torch.device, inputs: Inputs) -> None:
+        self._source, self._conversion, self._device, self._inputs = source, conversion, device, inputs
+        self._stats: InputStats | None = None
+
+    def begin(self, layer: Layer) -> None:
+        """The tiles that follow are of this layer."""
+        self._stats = self._inputs.read(layer)
 
     def largest(self, load: Load) -> float:
         """The largest magnitude of a tile."""
@@ -186,12 +212,34 @@ class _Quantizer:
                 coherence = rounding.coherence if rounding.scale_search else None
                 return layer.format.quantize(w, coherence, scale), []
             seed = layer_seed(self._conversion.seed, layer.name)
-            return quantize_layer(layer.format, w, rounding, seed)
+            return quantize_layer(layer.format, w, rounding, seed, self._stats)
+
+    def absorb(self, load: Load, tensors: Tensors) -> tuple[Tensor | None, OutputError | None]:
+        """The tile's part of the corrected bias, if it moves, and what the statistics say of its outputs."""
+        tile, layer, stats = load.tile, load.tile.layer, self._stats
+        if stats is None or len(tile.shape) != 2:
+            return None, None
+        with naming(tile):
+            w = _weight(load)
+            stored = layer.format.dequantize(tensors, tile.shape)
+            error = output_error(w, stored, stats)
+            if layer.corrects is None:
+                return None, error
+            shift = mean_shift(w, stored, stats.mean.to(self._device))
+            try:
+                return corrected(self._bias(tile).to(self._device), shift), error
+            except ValueError as problem:
+                raise InputError(f"{self._source.path}: layer {printable(layer.name)}: {problem}") from None
+
+    def _bias(self, tile: Tile) -> Tensor:
+        """The source's bias of the tile's rows; zeros where it has none."""
+        name = f"{tile.layer.name}.{comfyui.BIAS}"
+        if name in self._source.entries:
+            return self._source.read(name)[tile.begin : tile.end]
+        return torch.zeros(tile.end - tile.begin, dtype=TORCH_DTYPES[str(tile.layer.corrects)])
 
     def _checked(self, load: Load) -> tuple[Tensor, float]:
-        entry = load.tile.layer.source
-        size = load.tile.source_range[1]
-        w = load.memory[:size].view(TORCH_DTYPES[entry.dtype]).view(load.tile.shape)
+        entry, w = load.tile.layer.source, _weight(load)
         if w.dtype == torch.float64:
             w = w.float()
         largest = lrq_kernels.amax(w).amax().item()
@@ -199,7 +247,13 @@ class _Quantizer:
         if not largest <= LARGEST:
             what = f"the value {largest:.3g}, beyond every format" if math.isfinite(largest) else "NaN or Inf"
             raise InputError(
-                f"{self._path}: {printable(entry.name)} holds {what}; repair the source, or leave the layer "
+                f"{self._source.path}: {printable(entry.name)} holds {what}; repair the source, or leave the layer "
                 "away with --exclude_layers"
             )
         return w, largest
+
+
+def _weight(load: Load) -> Tensor:
+    """What the source holds of the tile, in its dtype."""
+    size = load.tile.source_range[1]
+    return load.memory[:size].view(TORCH_DTYPES[load.tile.layer.source.dtype]).view(load.tile.shape)

@@ -11,15 +11,18 @@ from lrq.checkpoint.reader import CODES, Reader
 from lrq.config import Conversion
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
-from lrq.formats import Format, Shape
+from lrq.formats import Shape
 from lrq.models.policy import FLOAT_DTYPES, SUFFIX
 from lrq.models.recognition import Part
 from lrq.selection.decide import Decisions, decide
+from lrq.selection.inputs import Inputs, use_inputs
 from lrq.selection.layer import Layer
 from lrq_kernels._version import __version__
 
 PROVENANCE = "lrq"
 """Header entry that says how the file was made."""
+CALIBRATION = "calibration"
+"""Key of that entry that says what was made of statistics."""
 MOST_REASONS = 3
 """Reasons that are named where nothing can be quantized."""
 ACTS_ON_THE_LAYER = "it would act on the quantized layer"
@@ -44,6 +47,8 @@ class Plan:
     """The models of the checkpoint, recognised or not."""
     policies: dict[str, str]
     """What is kept where: names of the presets, by prefix of the part."""
+    inputs: Inputs
+    """Statistics of the layers' inputs, and what follows from them."""
     header: Header
     header_bytes: bytes
 
@@ -57,6 +62,10 @@ def _stored(layer: Layer) -> list[tuple[str, str, Shape]]:
     """Suffix, dtype and shape of every tensor that stands for a layer."""
     layout = layer.format.layout(layer.source.shape)
     stored = [(f".{suffix}", CODES[dtype], shape) for suffix, (dtype, shape) in layout.items()]
+    if layer.corrects is not None:
+        stored.append((f".{comfyui.BIAS}", layer.corrects, layer.source.shape[:1]))
+    if layer.input_scale is not None:
+        stored.append((f".{comfyui.INPUT_SCALE}", "F32", ()))
     return [*stored, (f".{comfyui.MARKER}", "U8", (comfyui.marker_tensor(layer.marker).numel(),))]
 
 
@@ -104,7 +113,9 @@ def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...],
     _refuse_unmarked(source, markers, decisions.dropped.keys())
     tensors: list[tuple[str, str, Shape]] = []
     copied, dropped = [], []
-    known: dict[tuple[Format, Shape, bool], tuple[dict[str, object], list[tuple[str, str, Shape]]]] = {}
+    inputs = use_inputs(layers, source.entries, conversion.calibration, str(source.path))
+    moved = {f"{layer.name}.{comfyui.BIAS}" for layer in layers if layer.corrects is not None}
+    known: dict[tuple[object, ...], tuple[dict[str, object], list[tuple[str, str, Shape]]]] = {}
     parts = [name.rpartition(".") for name in source.entries if name.endswith(comfyui.ACTIVATIONS)]
     foreign = [
         f"{name}.{suffix}" for name, _, suffix in parts if suffix in comfyui.ACTIVATIONS and name + SUFFIX in planned
@@ -113,12 +124,14 @@ def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...],
     for entry in source.header.entries:
         layer = planned.get(entry.name)
         if layer is not None:
-            kind = layer.format, entry.shape, layer.full_precision
+            kind = layer.format, entry.shape, layer.full_precision, layer.corrects, layer.input_scale is None
             if kind not in known:
                 known[kind] = layer.marker, _stored(layer)
             markers[layer.name], stored = known[kind]
             for suffix, dtype, shape in stored:
                 tensors.append((layer.name + suffix, dtype, shape))
+        elif entry.name in moved:
+            continue
         elif entry.name in why_dropped:
             dropped.append(entry)
         else:
@@ -129,7 +142,7 @@ def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...],
         raise InputError(f"{source.path}: tensor {twice} stands in the way of a quantized layer")
     metadata = {key: value for key, value in source.header.metadata.items() if key != comfyui.METADATA}
     metadata[comfyui.METADATA] = comfyui.metadata_entry(markers)
-    metadata[PROVENANCE] = _provenance(source, conversion, decisions)
+    metadata[PROVENANCE] = _provenance(source, conversion, decisions, inputs)
     header, header_bytes = lay_out(tensors, metadata)
     policies = {prefix: policy.about for prefix, policy in decisions.policies.items()}
     return Plan(
@@ -141,6 +154,7 @@ def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...],
         {entry.name: why_dropped[entry.name] for entry in dropped},
         tuple(decisions.parts),
         policies,
+        inputs,
         header,
         header_bytes,
     )
@@ -190,7 +204,7 @@ def _marker_of(source: Reader, entry: Entry, name: str) -> dict[str, object]:
     return marker
 
 
-def _provenance(source: Reader, conversion: Conversion, decisions: Decisions) -> str:
+def _provenance(source: Reader, conversion: Conversion, decisions: Decisions, inputs: Inputs) -> str:
     models = [
         {
             "prefix": part.prefix,
@@ -205,6 +219,7 @@ def _provenance(source: Reader, conversion: Conversion, decisions: Decisions) ->
             "version": __version__,
             "settings": conversion.settings(),
             "models": models,
+            **({CALIBRATION: inputs.provenance} if inputs.provenance else {}),
             "source": {"name": source.path.name, "size": source.size, "header_sha256": source.header_sha256},
         }
     )

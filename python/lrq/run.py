@@ -24,6 +24,7 @@ from lrq.pipeline import LayerResult, OnLayer, run_plan
 from lrq.plan import Plan, make_plan
 from lrq.report.notices import notices
 from lrq.report.verification import LayerReport, Verification, verify_file
+from lrq.selection.inputs import FILES
 from lrq.selection.resolve import resolve
 from lrq.staging.memory import MemoryPlan, plan_memory
 from lrq.staging.process import peak
@@ -151,7 +152,7 @@ def _write(
     memory: MemoryPlan,
 ) -> list[LayerResult]:
     """The work; what stops it says what remains of it."""
-    writer = Writer(layout, _fingerprint(reader, layout, conversion, device), execution.restart)
+    writer = Writer(layout, _fingerprint(reader, plan, layout, conversion, device), execution.restart)
     try:
         with writer:
             return run_plan(reader, plan, writer, conversion, device, on_layer, memory)
@@ -161,13 +162,16 @@ def _write(
         raise KeyboardInterrupt(writer.kept()) from None
 
 
-def _fingerprint(reader: Reader, layout: Layout, conversion: Conversion, device: torch.device) -> Fingerprint:
+def _fingerprint(
+    reader: Reader, plan: Plan, layout: Layout, conversion: Conversion, device: torch.device
+) -> Fingerprint:
     """What decides the bytes of the output: an unfinished run goes on only if all of it is the same."""
     settings = {f"--{name}": _plain(value) for name, value in conversion.settings().items()}
     # Rounding to nearest gives the same bits everywhere; the sums of learned rounding don't.
     where = {} if conversion.rounding.simple else {"--device": device.type}
     version = {"lrq's version": __version__}
-    return {**version, **reader.fingerprint, **settings, **where, "the output's header": layout.digest}
+    known = {f"the file of {key}": _plain(plan.inputs.provenance.get(key)) for key in FILES}
+    return {**version, **reader.fingerprint, **settings, **known, **where, "the output's header": layout.digest}
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from lrq.cli.calibrating import actscale, calibrate
 from lrq.cli.options import DashCommand, OneLineGroup, configuration_options, execution_options
 from lrq.errors import InputError, printable
 from lrq.execution import Execution
@@ -32,7 +33,7 @@ def _stop(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _guarded(work: Callable[[], Any]) -> Any:
+def guarded(work: Callable[[], Any]) -> Any:
     """Run ``work``; what a user can cause becomes one line on stderr."""
     try:
         # Before signals are heeded: an import may swallow what they raise, and there is nothing yet to remove.
@@ -128,7 +129,7 @@ def convert_to_quant(
 
         return convert_all(sources, output, conversion, execution, device, verbose)
 
-    failed = _guarded(work)
+    failed = guarded(work)
     if failed:
         raise SystemExit(BAD_INPUT)
 
@@ -158,10 +159,12 @@ def plan(source: str, device: str, as_json: bool, verbose: bool, measure: bool, 
         conversion = planning.conversion_of(click.get_current_context(), settings, (source,), None)
         planning.print_plan(source, conversion, execution, device, as_json, verbose, measure)
 
-    _guarded(work)
+    guarded(work)
 
 
 main.add_command(convert_to_quant, "convert")
+main.add_command(calibrate)
+main.add_command(actscale)
 
 
 @main.command(cls=DashCommand)
@@ -186,7 +189,7 @@ def verify(output: str, more: tuple[str, ...], source: str | None, as_json: bool
         tables.print_verification(result, Path(output), as_json)
         return result.ok
 
-    if not _guarded(work):
+    if not guarded(work):
         raise SystemExit(1)
 
 
@@ -196,7 +199,7 @@ def backends(as_json: bool) -> None:
     """Which backend has a kernel for which operation on this machine, and why not where one is missing."""
     from lrq.cli import tables
 
-    _guarded(lambda: tables.print_backends(as_json))
+    guarded(lambda: tables.print_backends(as_json))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,15 @@ def budget_line(budget: Budget) -> str:
     )
 
 
+def _of_outputs(layer: LayerResult) -> str:
+    """The predicted error of a layer's outputs, and by how much its bias moved."""
+    error = layer.output
+    if error is None:
+        return ""
+    corrected = f" -> {error.after:.4f}, bias moved by {error.shift:.4f}" if layer.corrected else ""
+    return f"; output error by its statistics {error.before:.4f}{corrected}"
+
+
 class Progress:
     """A bar on a terminal, nothing elsewhere; with ``verbose`` a line for every tensor."""
 
@@ -101,7 +110,7 @@ class Progress:
                 f"objective {one.objective_after / max(one.objective_before, 1e-300):.3f}"
                 for one in layer.outcomes[:1]
             )
-            self._say(f"{layer.format}  {name} {list(layer.shape)}  {learned}")
+            self._say(f"{layer.format}  {name} {list(layer.shape)}  {learned}{_of_outputs(layer)}")
 
     def summarise(self, summary: Summary) -> None:
         """The last words: what was written, what stayed and why."""

@@ -21,11 +21,14 @@ LEGACY = "scaled_fp8"
 """Last part of the key that marks a file of the older layout."""
 STORED = ("weight", "weight_scale", "weight_scale_2")
 """Suffixes of the tensors that lrq writes for a layer, besides the marker."""
-WRITTEN = (*STORED, MARKER)
-ACTIVATIONS = ("input_scale", "pre_quant_scale")
+INPUT_SCALE, BIAS = "input_scale", "bias"
+WRITTEN = (*STORED, MARKER, INPUT_SCALE, BIAS)
+ACTIVATIONS = (INPUT_SCALE, "pre_quant_scale")
 """Suffixes that change what a quantized layer does to its input, and mean nothing beside a weight that is not."""
 COUNTS = ("convrot_groupsize", "group_size", "num_experts")
 """Marker keys whose values are positive integers."""
+LARGEST_INPUT = {"float8_e4m3fn": 448.0, "nvfp4": 448.0 * 6.0}
+"""Formats whose layers may have an input_scale, and the magnitude that the largest input is scaled to."""
 Markers = dict[str, dict[str, Any]]
 """Marker keys by layer."""
 
@@ -34,6 +37,11 @@ def layer_marker(fmt: Format, shape: Shape, full_precision: bool = False) -> dic
     """The marker of one layer of weight [N,K] or [E,N,K]; ``full_precision``: the loader multiplies in 16 bits."""
     keys = fmt.marker() | ({"num_experts": shape[0]} if len(shape) == 3 else {})
     return keys | {"full_precision_matrix_mult": True} if full_precision else keys
+
+
+def largest_input(fmt: Format, shape: Shape) -> float | None:
+    """What input_scale scales the largest input of a layer to; None where the loader takes no input_scale."""
+    return LARGEST_INPUT.get(str(fmt.marker()["format"])) if len(shape) == 2 else None
 
 
 def full_precision_reason(fmt: Format, shape: Shape) -> str | None:

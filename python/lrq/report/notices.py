@@ -21,6 +21,7 @@ def notices(plan: Plan, conversion: Conversion) -> list[str]:
         *_left_out(plan),
         *map(_unrecognised, _by_generic_policy(plan)),
         *_unprotected(plan),
+        *plan.inputs.notices,
         *conversion.without_effect(),
     ]
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from lrq.checkpoint.header import BITS
 from lrq.checkpoint.reader import Reader
-from lrq.config import Conversion, Rounding
+from lrq.config import Calibration, Conversion, Rounding
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.formats import Format, Shape, Tensors, read_format
 from lrq.models.policy import FLOAT_DTYPES
 from lrq.plan import PROVENANCE, Plan, make_plan, recorded, source_markers
+from lrq.report.calibrated import Changes, check_changes, recorded_changes
 from lrq.report.error import GROUP, LayerError, measure
 from lrq.report.stored import check_dimensions, check_values, read_tensors, same_bytes, stored_shape
 
@@ -73,7 +74,8 @@ def verify_file(
     result.failures += failures
     result.failures += _unmarked(output, markers)
     provenance = output.header.metadata.get(PROVENANCE)
-    settings = recorded(provenance) or Conversion()
+    # What statistics did is recorded by tensor: their file need not be there.
+    settings = replace(recorded(provenance) or Conversion(), calibration=Calibration())
     own = recorded(provenance, of_this_version=True) is not None
     plan: Plan | None = None
     if source is not None and recorded(provenance) is not None:
@@ -92,11 +94,13 @@ def verify_file(
             continue
         result.layers.append(layer)
         on_layer(layer)
+    changes = recorded_changes(output)
+    result.failures += check_changes(output, source, changes, markers.keys())
     if source is not None:
         result.failures += _kept_metadata(output, source)
         quantized = {layer.name for layer in result.layers} | markers.keys()
         dropped = frozenset(plan.why_dropped) if plan else frozenset()
-        result.failures += _compare(output, source, quantized, dropped, result)
+        result.failures += _compare(output, source, quantized, dropped, changes, result)
     if not markers:
         result.failures.append("no layer is quantized: the file has no marker")
     return result
@@ -234,17 +238,25 @@ def _kept_metadata(output: Reader, source: Reader) -> Iterator[str]:
 
 
 def _compare(
-    output: Reader, source: Reader, quantized: set[str], dropped: frozenset[str], result: Verification
+    output: Reader,
+    source: Reader,
+    quantized: set[str],
+    dropped: frozenset[str],
+    changes: Changes,
+    result: Verification,
 ) -> Iterator[str]:
     """Every tensor of the source must be there but for the dropped, unchanged unless quantized; nothing else may be."""
     written = {f"{name}.{suffix}" for name in quantized for suffix in (*comfyui.STORED, comfyui.MARKER)}
+    changed = set(changes.tensors)
     for entry in source.header.entries:
+        if entry.name in written and entry.dtype in FLOAT_DTYPES and entry.name.endswith(".weight"):
+            changed.add(entry.name)
         mine, where = output.entries.get(entry.name), f"tensor {printable(entry.name)}"
         if mine is None:
             layer, _, suffix = entry.name.rpartition(".")
             if entry.name not in dropped and (suffix not in comfyui.ACTIVATIONS or layer not in quantized):
                 yield f"{where}: is missing"
-        elif entry.name in written and entry.dtype in FLOAT_DTYPES and entry.name.endswith(".weight"):
+        elif entry.name in changed:
             continue
         elif (mine.dtype, mine.shape) != (entry.dtype, entry.shape):
             yield f"{where}: was {entry.dtype} {list(entry.shape)}, is {mine.dtype} {list(mine.shape)}"
@@ -252,5 +264,5 @@ def _compare(
             yield f"{where}: its bytes differ from the source's"
         else:
             result.unchanged += 1
-    for name in output.entries.keys() - source.entries.keys() - written:
+    for name in output.entries.keys() - source.entries.keys() - written - changed:
         yield f"tensor {printable(name)}: is not in the source and belongs to no quantized layer"

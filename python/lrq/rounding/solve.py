@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lrq.calibration.inputs import InputStats
 from lrq.config import Rounding
 from lrq.formats import Format, Tensors
 from lrq.rounding.coordinate_descent import coordinate_descent
@@ -49,8 +50,13 @@ def layer_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def quantize_layer(fmt: Format, w: Tensor, rounding: Rounding, seed: int) -> tuple[Tensors, list[Outcome]]:
-    """Stored tensors of a weight [N,K] or [E,N,K], and one outcome per matrix (none for simple rounding)."""
+def quantize_layer(
+    fmt: Format, w: Tensor, rounding: Rounding, seed: int, stats: InputStats | None = None
+) -> tuple[Tensors, list[Outcome]]:
+    """Stored tensors of a weight [N,K] or [E,N,K], and one outcome per matrix (none for simple rounding).
+
+    ``stats`` are those of the layer's inputs, where they are known.
+    """
     w = w.float() if w.dtype == torch.float64 else w
     tensors = fmt.quantize(w, rounding.coherence if rounding.scale_search else None)
     if rounding.simple:

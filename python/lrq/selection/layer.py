@@ -28,6 +28,13 @@ class Layer:
     full_precision: bool = False
     """The loader is told to multiply in 16 bits."""
 
+    corrects: str | None = None
+    """Dtype of the bias that takes the mean error; None: the bias stays as it is."""
+    input_scale: float | None = None
+    """What the loader divides the inputs by; None: there is none in the file."""
+    statistics_size: int = 0
+    """Bytes of the statistics of its inputs."""
+
     @property
     def marker(self) -> dict[str, object]:
         """The keys of its markers."""

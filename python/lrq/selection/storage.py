@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from lrq.config import Storage, check_ranges
+from lrq.config import Storage
 from lrq.errors import InputError, printable
 from lrq.formats import Format, Shape
 from lrq.formats.fp8 import Fp8
 from lrq.formats.int8 import Int8
 from lrq.formats.mxfp8 import Mxfp8
 from lrq.formats.nvfp4 import Nvfp4
+from lrq.settings import check_ranges
 
 CONVROT_GROUPS = (256, 64)
 """Groups tried when none is asked for."""

@@ -75,6 +75,9 @@ class Tile:
         """Bytes more while it is computed."""
         rows, columns = self.shape[-2:]
         widened = 4 * math.prod(self.shape) if self.layer.source.dtype == "F64" else 0
+        # Statistics, the weight that the codes stand for, and what they are multiplied into.
+        absorbing = 2 * self.layer.statistics_size + 12 * math.prod(self.shape) if self.layer.statistics_size else 0
+        widened += absorbing
         if self.layer.rounding(rounding).simple:
             return widened + SMALL
         learning = LEARNING.get(rounding.optimizer, RELAXING) * math.prod(self.shape)

@@ -1,0 +1,133 @@
+"""Input scales for a file that is quantized already: no byte of another tensor changes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrq.calibration.input_scales import input_scale, read_input_scales
+from lrq.calibration.naming import match_names
+from lrq.calibration.stats import load_stats
+from lrq.checkpoint.header import lay_out
+from lrq.checkpoint.layout import one_file
+from lrq.checkpoint.reader import Reader
+from lrq.checkpoint.writer import Writer
+from lrq.dialects import comfyui
+from lrq.errors import InputError, printable
+from lrq.plan import CALIBRATION, PROVENANCE, source_markers
+
+FEW = 3
+
+
+@dataclass(frozen=True)
+class Patched:
+    """What was written."""
+
+    path: Path
+    scales: dict[str, float]
+    """By layer."""
+    notices: list[str] = field(default_factory=list)
+
+
+def patch_input_scales(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    calib: str | os.PathLike[str] | None = None,
+    input_scales: str | os.PathLike[str] | None = None,
+    percentile: float = 100.0,
+) -> Patched:
+    """Copy a quantized file, and give its FP8 and NVFP4 layers an ``input_scale``.
+
+    Args:
+        calib: statistics, whose ``percentile`` counts.
+        input_scales: JSON or a checkpoint that holds the scales; wins over ``calib``.
+
+    Raises:
+        InputError: a file that can't be read, or no layer that gets a scale.
+    """
+    path = Path(output)
+    with Reader(source) as reader:
+        if any(path.exists() and os.path.samefile(path, file) for file in reader.files):
+            raise InputError(f"{path}: output and input are the same file")
+        largest = _able(reader)
+        if not largest:
+            raise InputError(f"{reader.path}: has no FP8 or NVFP4 layer of ComfyUI's, which alone take an input_scale")
+        scales, notices = _scales(largest, calib, input_scales, percentile)
+        if not scales:
+            raise InputError(
+                f"{calib or input_scales}: has nothing for the layers of {reader.path}; it is of another model"
+            )
+        missing = sorted(largest.keys() - scales.keys())
+        if missing:
+            more = f" and {len(missing) - FEW} more" if len(missing) > FEW else ""
+            notices.append(f"no input scale for {', '.join(map(printable, missing[:FEW]))}{more}")
+        _write(reader, path, scales)
+    return Patched(path, scales, notices)
+
+
+def _able(reader: Reader) -> dict[str, float]:
+    """Layers that take an input_scale, and what their largest input is scaled to."""
+    found = {}
+    for layer, marker in source_markers(reader).items():
+        weight, limit = reader.entries.get(f"{layer}.weight"), comfyui.LARGEST_INPUT.get(str(marker.get("format")))
+        if weight is not None and len(weight.shape) == 2 and limit is not None:
+            found[layer] = limit
+    return found
+
+
+def _scales(
+    largest: Mapping[str, float],
+    calib: str | os.PathLike[str] | None,
+    input_scales: str | os.PathLike[str] | None,
+    percentile: float,
+) -> tuple[dict[str, float], list[str]]:
+    scales: dict[str, float] = {}
+    notices = []
+    if calib is not None:
+        stats = load_stats(calib)
+        names, rule = match_names([name for name in stats if name not in stats.transposed], largest.keys())
+        scales |= {layer: input_scale(stats.brief(name), percentile, largest[layer]) for layer, name in names.items()}
+        notices += [f"statistics: {rule}"] if rule else []
+    if input_scales is not None:
+        values = read_input_scales(input_scales)
+        names, rule = match_names(values.keys(), largest.keys())
+        scales |= {layer: values[name] for layer, name in names.items()}
+        notices += [f"--input_scales: {rule}"] if rule else []
+    return scales, notices
+
+
+def _write(reader: Reader, path: Path, scales: Mapping[str, float]) -> None:
+    new = {f"{layer}.{comfyui.INPUT_SCALE}": value for layer, value in scales.items()}
+    kept = [entry for entry in reader.header.entries if entry.name not in new]
+    tensors = [(entry.name, entry.dtype, entry.shape) for entry in kept]
+    tensors += [(name, "F32", ()) for name in sorted(new)]
+    metadata = {**reader.header.metadata, PROVENANCE: _provenance(reader, scales)}
+    layout = one_file(path, *lay_out(tensors, metadata))
+    values = {"the input scales": json.dumps(sorted(new.items())), "the output's header": layout.digest}
+    with Writer(layout, {**reader.fingerprint, **values}) as writer:
+        for entry in kept:
+            begin = 0
+            for piece in reader.chunks(entry) if entry.name not in writer.finished else ():
+                writer.write_at(entry.name, begin, piece)
+                begin += len(piece)
+        for name, value in new.items():
+            if name not in writer.finished:
+                writer.write(name, torch.tensor(value, dtype=torch.float32))
+
+
+def _provenance(reader: Reader, scales: Mapping[str, float]) -> str:
+    """What the file records of itself, and the layers that have a scale now."""
+    try:
+        entry: Any = json.loads(reader.header.metadata.get(PROVENANCE, "{}"))
+        known = entry.get(CALIBRATION, {})
+        before = known.get("input_scales", [])
+        return json.dumps({**entry, CALIBRATION: {**known, "input_scales": sorted({*before, *scales})}})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return json.dumps({CALIBRATION: {"input_scales": sorted(scales)}})

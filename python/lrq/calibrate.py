@@ -1,0 +1,140 @@
+"""Makes files of statistics: from a Hugging Face text model and texts, or from a checkpoint alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrq.calibration.collect import collect
+from lrq.calibration.simulate import feeds, from_norm
+from lrq.calibration.stats import SIMULATED, save_stats
+from lrq.checkpoint.reader import Reader
+from lrq.errors import InputError, counted, printable
+from lrq.models.policy import FLOAT_DTYPES, SUFFIX
+
+BATCH = 16
+"""Texts that run together."""
+LONGEST = 512
+"""Tokens of a text at most."""
+FEW = 3
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was written."""
+
+    path: Path
+    layers: int
+    tokens: int
+    notices: list[str] = field(default_factory=list)
+
+
+def calibrate(
+    folder: str | os.PathLike[str],
+    texts: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    max_tokens: int | None = None,
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> Calibrated:
+    """Run a text model of a Hugging Face folder over the lines of a file, and save what its layers saw.
+
+    Args:
+        folder: config, tokenizer and weights, as ``save_pretrained`` lays them out.
+        texts: UTF-8, one text a line.
+        max_tokens: stop after so many; padding does not count.
+
+    Raises:
+        InputError: transformers is not installed, or a file is not what it should be.
+    """
+    lines = _lines(Path(texts))
+    with Reader(folder) as reader:
+        keys = [entry.name for entry in reader.entries.values() if entry.name.endswith(SUFFIX)]
+    model, tokenizer = _load(Path(folder), torch.device(device))
+    longest = min(LONGEST, int(getattr(model.config, "max_position_embeddings", LONGEST) or LONGEST))
+    tokens = 0
+    with collect(model, keys=keys) as inputs, torch.inference_mode():
+        while (max_tokens is None or tokens < max_tokens) and (some := list(islice(lines, BATCH))):
+            batch = tokenizer(some, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
+            mask = batch["attention_mask"].bool()
+            if max_tokens is not None:
+                mask &= mask.flatten().cumsum(0).view_as(mask) <= max_tokens - tokens
+            inputs.mask = mask
+            model(**batch)
+            tokens += int(mask.sum())
+            on_batch(tokens)
+    inputs.save(output, model=Path(folder).resolve().name, tokens=str(tokens))
+    notices = [f"modules were matched {inputs.rule}"] if inputs.rule.strip or inputs.rule.add else []
+    notices += _listed("not in the checkpoint:", inputs.unmatched) + _listed("saw no input:", inputs.unseen)
+    return Calibrated(Path(output), len(inputs.stats()), tokens, notices)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise InputError(f"{path}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text, one text a line") from None
+    if not lines:
+        raise InputError(f"{path}: holds no text; it must have one a line")
+    return iter(lines)
+
+
+def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("--hf: needs transformers: pip install 'lrq[calibrate]'") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
+        kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model: Any = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder}: no text model that transformers loads: {printable(reason)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer
+
+
+def simulate(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> Calibrated:
+    """Save what the norms of a checkpoint say of the layers that they feed.
+
+    Raises:
+        InputError: no layer stands behind a norm whose name is known.
+    """
+    with Reader(source) as reader:
+        entries = reader.entries
+        found = {}
+        for layer, norm in feeds(entries.keys()).items():
+            gain, bias = entries[norm + SUFFIX], entries.get(f"{norm}.bias")
+            if gain.dtype in FLOAT_DTYPES and gain.shape == entries[layer + SUFFIX].shape[-1:]:
+                shift = None if bias is None or bias.shape != gain.shape else reader.read(bias.name)
+                found[layer] = from_norm(reader.read(gain.name), shift)
+        linear = [
+            e.name.removesuffix(SUFFIX) for e in entries.values() if e.name.endswith(SUFFIX) and len(e.shape) == 2
+        ]
+    if not found:
+        raise InputError(f"{source}: no layer stands behind a norm with gains; --simulate has nothing to go by")
+    save_stats(output, found, SIMULATED, model=Path(source).name)
+    others = sorted(set(linear) - found.keys())
+    return Calibrated(Path(output), len(found), 0, _listed("behind no norm:", others))
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return [f"{counted(len(names), 'layer')} {what} {', '.join(map(printable, names[:FEW]))}{more}"]

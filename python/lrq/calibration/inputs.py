@@ -1,0 +1,104 @@
+"""Statistics of the inputs x [K] of one layer, over tokens; merged exactly where they are sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+SUBBITS = 3
+"""A histogram has 2^3 bins of equal width in every octave of |x|,"""
+LOWEST, HIGHEST = -24, 24
+"""from 2^LOWEST to 2^HIGHEST; the first also holds all that is smaller (and zero), the last all that is larger."""
+BINS = (HIGHEST - LOWEST) << SUBBITS
+_MANTISSA, _BIAS = 23, 127
+
+
+@dataclass(frozen=True)
+class InputStats:
+    """Statistics of the inputs of a layer of weight [N,K].
+
+    The second moments E[xx'] are there as a whole (``gram``), as their leading eigenpairs (``vectors``, ``values``) or
+    as their diagonal alone (``second``, which is always there).
+    """
+
+    count: int
+    """Tokens."""
+    mean: Tensor
+    """float64 [K], E[x]."""
+    second: Tensor
+    """float64 [K], E[x²], the diagonal of E[xx']."""
+    amax: float
+    """The largest |x|."""
+    histogram: Tensor
+    """int64 [BINS], elements by magnitude (:func:`magnitude_bins`)."""
+    gram: Tensor | None = None
+    """float32 [K,K], E[xx']."""
+    vectors: Tensor | None = None
+    """float32 [K,r], orthonormal columns: the leading eigenvectors of E[xx']."""
+    values: Tensor | None = None
+    """float32 [r], their eigenvalues, falling."""
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return self.mean.numel()
+
+    def percentile(self, percent: float) -> float:
+        """A magnitude that ``percent`` of all |x| do not exceed: the upper edge of a bin, ``amax`` at most."""
+        below = self.histogram.cumsum(0)
+        wanted = percent / 100 * below[-1].item()
+        index = int(torch.searchsorted(below.double(), wanted).item())
+        return min(self.amax, bin_edge(min(index, BINS - 1)))
+
+
+def magnitude_bins(x: Tensor) -> Tensor:
+    """Counts int64 [BINS] of |x| for float32 ``x`` of any shape.
+
+    Exponent and leading mantissa bits of a float32 number its bin: 8 of equal width an octave.
+    """
+    index = (x.contiguous().reshape(-1).view(torch.int32) & 0x7FFFFFFF) >> (_MANTISSA - SUBBITS)
+    index = (index - ((_BIAS + LOWEST) << SUBBITS)).clamp_(0, BINS - 1)
+    return torch.bincount(index, minlength=BINS)
+
+
+def bin_edge(index: int) -> float:
+    """The upper end of a bin."""
+    octave, part = divmod(index + 1, 1 << SUBBITS)
+    return 2.0 ** (LOWEST + octave) * (1 + part / (1 << SUBBITS))
+
+
+def merge(a: InputStats, b: InputStats) -> InputStats:
+    """The statistics of both samples together.
+
+    Count, mean, second moment, Gram matrix, maximum and histogram are those of one pass over both (Chan, Golub, LeVeque
+    1979, eq. 2.1: means are moved by their difference, not summed anew). Of eigenpairs the result has the leading ones
+    of both; a pair of unequal kinds has the poorer one's.
+
+    Raises:
+        ValueError: layers of different K.
+    """
+    if a.columns != b.columns:
+        raise ValueError(f"the inputs have {a.columns} columns here and {b.columns} there")
+    count = a.count + b.count
+    share = b.count / count
+    mean, second = a.mean + (b.mean - a.mean) * share, a.second + (b.second - a.second) * share
+    diagonal = InputStats(count, mean, second, max(a.amax, b.amax), a.histogram + b.histogram)
+    if a.gram is not None and b.gram is not None:
+        return replace(diagonal, gram=(a.gram.double() + (b.gram.double() - a.gram.double()) * share).float())
+    if (a.gram is None and a.vectors is None) or (b.gram is None and b.vectors is None):
+        return diagonal
+    rank = min(one.vectors.shape[1] for one in (a, b) if one.vectors is not None)
+    factors = torch.cat((_factor(a, rank) * (1 - share) ** 0.5, _factor(b, rank) * share**0.5), 1)
+    vectors, values, _ = torch.linalg.svd(factors, full_matrices=False)
+    return replace(diagonal, vectors=vectors[:, :rank].float().contiguous(), values=values[:rank].square().float())
+
+
+def _factor(stats: InputStats, rank: int) -> Tensor:
+    """F float64 [K,r] with FF' the leading part of E[xx']."""
+    if stats.vectors is not None and stats.values is not None:
+        return stats.vectors.double() * stats.values.double().clamp(min=0).sqrt()
+    assert stats.gram is not None
+    values, vectors = torch.linalg.eigh(stats.gram.double())
+    return vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()

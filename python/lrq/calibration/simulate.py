@@ -1,0 +1,88 @@
+"""Statistics of inputs from the checkpoint alone: what a norm with gain g and bias b gives to the layers behind it.
+
+A norm's output is g·z + b, and z has mean 0 and variance 1 over the features of a token; taken as the same for each
+feature over the tokens, the mean is b and the second moment g² + b². That is a guess: it shapes a metric or an input
+scale, never a bias (``origin`` is ``simulated``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from lrq.calibration.inputs import BINS, InputStats, bin_edge
+
+FEEDS: tuple[tuple[str, str], ...] = (
+    # BERT normalises behind a sublayer: the norm of a block feeds the next one.
+    (r"embeddings\.LayerNorm$", r"encoder.layer.0.attention.self.{query,key,value}"),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm$", r"encoder.layer.{0}.intermediate.dense"),
+    (r"encoder\.layer\.(\d+)\.output\.LayerNorm$", r"encoder.layer.{0+1}.attention.self.{query,key,value}"),
+    # Llama, Mistral, Qwen.
+    (r"layers\.(\d+)\.input_layernorm$", r"layers.{0}.self_attn.{q_proj,k_proj,v_proj,qkv_proj}"),
+    (r"layers\.(\d+)\.post_attention_layernorm$", r"layers.{0}.mlp.{gate_proj,up_proj,gate_up_proj}"),
+    # CLIP.
+    (r"layers\.(\d+)\.layer_norm1$", r"layers.{0}.self_attn.{q_proj,k_proj,v_proj}"),
+    (r"layers\.(\d+)\.layer_norm2$", r"layers.{0}.mlp.fc1"),
+    # T5, UMT5.
+    (r"block\.(\d+)\.layer\.0\.layer_norm$", r"block.{0}.layer.0.SelfAttention.{q,k,v}"),
+    (r"block\.(\d+)\.layer\.1\.layer_norm$", r"block.{0}.layer.1.DenseReluDense.{wi,wi_0,wi_1}"),
+    # Transformers of images.
+    (r"blocks\.(\d+)\.norm1$", r"blocks.{0}.attn.{qkv,q,k,v,to_q,to_k,to_v}"),
+    (r"blocks\.(\d+)\.norm2$", r"blocks.{0}.mlp.{fc1,fc_in}"),
+)
+"""The end of a norm's name, and the layers that it feeds: {0} is the block's number, {0+1} the next, {a,b} either."""
+UNLIKE = ("pre_feedforward_layernorm", "k_norm_scale_shift")
+"""Parts of names whose models use these names in another way: Gemma's gains count from 1, and its norms stand apart."""
+TOKENS = 4096
+"""What a simulated layer counts as: little, beside measured ones."""
+DEVIATIONS = 4.0
+"""The largest of that many normal numbers, about: its probability to be exceeded is 1 in 16000."""
+
+
+def feeds(keys: Collection[str]) -> dict[str, str]:
+    """The norm that feeds it, by layer with a ``.weight`` among ``keys``; empty for models with other uses of names."""
+    if any(part in key for key in keys for part in UNLIKE):
+        return {}
+    found: dict[str, str] = {}
+    for key in sorted(keys):
+        norm = key.removesuffix(".weight")
+        for pattern, template in FEEDS:
+            match = re.search(pattern, norm) if norm != key else None
+            if match is None or not (match.start() == 0 or norm[match.start() - 1] == "."):
+                continue
+            number = int(match[1]) if match.groups() else 0
+            for layer in _layers(template.replace("{0}", str(number)).replace("{0+1}", str(number + 1))):
+                if f"{norm[: match.start()]}{layer}.weight" in keys:
+                    found[norm[: match.start()] + layer] = norm
+    return found
+
+
+def _layers(template: str) -> Iterator[str]:
+    choice = re.search(r"\{([\w,]+)\}", template)
+    if choice is None:
+        yield template
+        return
+    for one in choice[1].split(","):
+        yield template[: choice.start()] + one + template[choice.end() :]
+
+
+def from_norm(gain: Tensor, bias: Tensor | None) -> InputStats:
+    """Statistics of the outputs of a norm with ``gain`` [K] and ``bias`` [K], if it has one.
+
+    The histogram is that of normal numbers, in closed form.
+    """
+    g = gain.double()
+    b = torch.zeros_like(g) if bias is None else bias.double()
+    edges = torch.tensor([bin_edge(i) for i in range(BINS - 1)], dtype=torch.float64)
+    scale = g.abs().clamp(min=1e-30)
+    upper = torch.special.ndtr((edges[:, None] - b) / scale)
+    lower = torch.special.ndtr((-edges[:, None] - b) / scale)
+    below = torch.cat(
+        (torch.zeros(1, dtype=torch.float64), (upper - lower).mean(1), torch.ones(1, dtype=torch.float64))
+    )
+    counts = (below * TOKENS * len(g)).round().long().diff()
+    amax = (b.abs() + DEVIATIONS * g.abs()).amax().item()
+    return InputStats(TOKENS, b, g.square() + b.square(), amax, counts)

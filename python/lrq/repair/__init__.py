@@ -1,0 +1,1 @@
+"""Absorbing what the rounding leaves."""

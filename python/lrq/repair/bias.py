@@ -1,0 +1,112 @@
+"""Bias correction: the mean of a layer's error goes into its bias, the rest of the error is what it was.
+
+The outputs of a layer are off by Ex, E = Ŵ − W; over the inputs that is Eμ on average, which b ← b − Eμ takes away
+(Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction", section 4.2; here μ is
+measured).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrq.calibration.inputs import InputStats
+
+CHUNK = 1 << 20
+"""Weights in float64 at a time."""
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """What the statistics say of outputs y = Wx: sums of squares over outputs, of means over the inputs."""
+
+    signal: float
+    """E|Wx|²"""
+    noise: float
+    """E|Ex|²"""
+    mean: float
+    """|Eμ|², the part of the noise that a bias can take away."""
+
+    def __add__(self, other: OutputError) -> OutputError:
+        return OutputError(self.signal + other.signal, self.noise + other.noise, self.mean + other.mean)
+
+    @property
+    def before(self) -> float:
+        """sqrt(E|Ex|² / E|Wx|²)"""
+        return (max(self.noise, 0.0) / self.signal) ** 0.5 if self.signal > 0 else 0.0
+
+    @property
+    def shift(self) -> float:
+        """|Eμ| / sqrt(E|Wx|²), by how much a corrected bias moves."""
+        return (self.mean / self.signal) ** 0.5 if self.signal > 0 else 0.0
+
+    @property
+    def after(self) -> float:
+        """The same with the bias corrected."""
+        return (max(self.noise - self.mean, 0.0) / self.signal) ** 0.5 if self.signal > 0 else 0.0
+
+
+def mean_shift(w: Tensor, stored: Tensor, mean: Tensor) -> Tensor:
+    """Eμ: what the outputs of ``stored`` have more than those of ``w`` on average.
+
+    Args:
+        w, stored: [N,K], the weight and what its codes stand for.
+        mean: float64 [K], μ.
+
+    Returns:
+        float64 [N].
+    """
+    rows = max(1, CHUNK // w.shape[1])
+    parts = zip(w.split(rows), stored.split(rows), strict=True)
+    # Row by row, unlike a matrix product: the bits don't depend on how many rows there are.
+    return torch.cat([(ours.double() - exact.double()).mul_(mean).sum(1) for exact, ours in parts])
+
+
+def corrected(bias: Tensor, shift: Tensor) -> Tensor:
+    """b − Eμ in float64, rounded to the bias's dtype.
+
+    Raises:
+        ValueError: the result leaves the dtype.
+    """
+    moved = (bias.double() - shift.to(bias.device)).to(bias.dtype)
+    if not torch.isfinite(moved).all():
+        raise ValueError("its corrected bias is not finite")
+    return moved
+
+
+def output_error(w: Tensor, stored: Tensor, stats: InputStats) -> OutputError:
+    """The error of the outputs under the statistics, for ``w`` and ``stored`` [N,K].
+
+    Second moments that are not there count as those of uncorrelated inputs around the mean.
+    """
+    total = OutputError(0.0, 0.0, 0.0)
+    rows = max(1, CHUNK // w.shape[1])
+    form = _SecondMoment(stats, w.device)
+    for exact, ours in zip(w.split(rows), stored.split(rows), strict=True):
+        error = ours.float() - exact.float()
+        mean = (error @ form.mean).double().square().sum().item()
+        total += OutputError(form(exact.float()), form(error), mean)
+    return total
+
+
+class _SecondMoment:
+    """tr(M E[xx'] M') of float32 matrices M [n,K]."""
+
+    def __init__(self, stats: InputStats, device: torch.device) -> None:
+        self.mean = stats.mean.float().to(device)
+        self._gram = None if stats.gram is None else stats.gram.to(device)
+        second = stats.second
+        if stats.vectors is not None and stats.values is not None:
+            factor = stats.vectors.double() * stats.values.double().sqrt()
+        else:
+            factor = stats.mean[:, None]
+        self._factor = factor.float().to(device)
+        self._rest = (second - factor.square().sum(1)).clamp(min=0).float().to(device)
+
+    def __call__(self, m: Tensor) -> float:
+        if self._gram is not None:
+            return ((m @ self._gram) * m).sum(dtype=torch.float64).item()
+        leading = (m @ self._factor).double().square().sum()
+        return (leading + (m.square() @ self._rest).sum(dtype=torch.float64)).item()
