@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,13 +14,12 @@ import torch
 
 import lrq
 from checkpoints import FLAGS, LAYERS, File, convert, load, normal, run, same_bytes, save, tampered, transformer
-from lrq.checkpoint.reader import Reader
+from lrq.config import Rounding
 from lrq.dialects import comfyui
-from lrq.execution import Execution
 from lrq.formats import read_format
-from lrq.plan import make_plan
 from lrq.repair.bias import mean_shift
-from lrq.staging.memory import plan_memory
+from lrq.selection.layer import Layer
+from lrq.staging.tiles import Tile, cut
 from measured import inputs, save_for
 
 COLUMNS = {"attn.qkv": 32, "mlp.fc": 64}
@@ -96,21 +96,42 @@ def test_names_may_differ_by_a_prefix(tmp_path: Path, source: Path, stats: Path)
     assert all(same_bytes(a[name], b[name]) for name in b)
 
 
-def test_a_layer_in_tiles_has_its_bias_in_parts(tmp_path: Path) -> None:
-    tensors = {"big.weight": normal(2048, 2048, seed=1, dtype=torch.bfloat16), "big.bias": normal(2048, seed=2)}
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_layer_in_tiles_has_its_bias_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tensors = {"fc.weight": normal(512, 64, seed=1, dtype=torch.bfloat16), "fc.bias": normal(512, seed=2)}
     source = save(tmp_path / "in.safetensors", tensors)
-    x = inputs(50, 2048)
-    stats = save_for(tmp_path / "s.safetensors", {"big": x}, gram_limit=1, rank=8)
-    conversion = lrq.Conversion.from_settings({"mxfp8": True, "simple": True, "calib": str(stats)})
-    with Reader(source) as reader:
-        layers = make_plan(reader, conversion).layers
-        tiles = plan_memory(layers, conversion.rounding, torch.device("cpu"), Execution()).tiles["big"]
-    assert len(tiles) > 1
-    lrq.quantize(source, tmp_path / "out.safetensors", conversion=conversion)
-    file = load(tmp_path / "out.safetensors")
-    error = stored_weight(file, "big", (2048, 2048)).double() - tensors["big.weight"].double()
-    shift = (error * x.double().mean(0)).sum(1)
-    assert same_bytes(file.tensors["big.bias"], (tensors["big.bias"].double() - shift).float())
+    stats = save_for(tmp_path / "s.safetensors", {"fc": inputs(50, 64)}, gram_limit=1, rank=8)
+    convert(source, tmp_path / "whole.safetensors", *FLAGS[name], "--calib", stats)
+    cuts: list[int] = []
+
+    def in_parts(layer: Layer, rounding: Rounding, limit: int | None, on_gpu: bool) -> tuple[Tile, ...]:
+        tiles = tuple(cut(layer, rounding, 1))
+        cuts.append(len(tiles))
+        return tiles
+
+    monkeypatch.setattr("lrq.staging.memory._tiles", in_parts)
+    convert(source, tmp_path / "parts.safetensors", *FLAGS[name], "--calib", stats)
+    assert cuts and cuts[0] > 1
+    whole, parts = (load(tmp_path / f"{n}.safetensors").tensors for n in ("whole", "parts"))
+    assert all(same_bytes(parts[key], tensor) for key, tensor in whole.items())
+    assert not same_bytes(whole["fc.bias"], tensors["fc.bias"])
+
+
+def test_a_plan_file_and_shards_keep_the_correction(tmp_path: Path, source: Path, stats: Path) -> None:
+    """Biases and input scales are in the header's plan, whoever reads it."""
+    flags = ("--nvfp4", "--simple", "--calib", stats, "--add-bias", "--actcal")
+    planned = run("plan", source, *flags, "--json")
+    assert planned.exit_code == 0
+    (tmp_path / "plan.json").write_text(planned.stdout)
+    assert run("convert", "-i", source, "-o", tmp_path / "a.safetensors", *flags).exit_code == 0
+    by_plan = run("convert", "-i", source, "-o", tmp_path / "b.safetensors", "--plan", tmp_path / "plan.json")
+    assert by_plan.exit_code == 0, by_plan.output
+    a, b = (load(tmp_path / f"{n}.safetensors").tensors for n in "ab")
+    assert all(same_bytes(a[name], b[name]) for name in a) and a.keys() == b.keys()
+    assert (tmp_path / "a.safetensors").stat().st_size == json.loads(planned.stdout)["output_bytes"]
+    run("convert", "-i", source, "-o", tmp_path / "c.safetensors", *flags, "--shard_size", "8kB")
+    shards = {k: t for path in tmp_path.glob("c-*-of-*.safetensors") for k, t in load(path).tensors.items()}
+    assert a.keys() == shards.keys() and all(same_bytes(a[name], shards[name]) for name in a)
 
 
 def test_the_shift_of_a_row_does_not_depend_on_the_others() -> None:
