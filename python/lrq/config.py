@@ -108,8 +108,7 @@ class Rounding:
     lr: float = _setting(0.05, "Learning rate of a relaxation, in steps of the grid.", minimum=0.0, maximum=1e6)
     lr_schedule: str = _setting(
         "adaptive",
-        "How the learning rate changes: with the success of each iteration, by a constant factor, or when the error "
-        "no longer falls.",
+        "How the learning rate changes: with each iteration's success, by a constant factor, or when nothing is gained.",
         choices=("adaptive", "exponential", "plateau"),
     )
     top_p: float = _setting(
@@ -134,10 +133,7 @@ class Rounding:
     )
 
     scale_rounds: int = _setting(
-        0,
-        "Rounds in which the block scales of NVFP4 and MXFP8 are searched again for the chosen codes, and then the "
-        "codes, while the error that counts falls; pays with --projection both.",
-        minimum=0,
+        0, "Rounds of block scales (NVFP4, MXFP8) for the chosen codes, and codes again; for both sides.", minimum=0
     )
 
     @property
@@ -214,10 +210,7 @@ class Calibration:
     add_bias: bool = _setting(False, "Give layers without a bias one that holds the correction.")
     actcal: bool = _setting(False, "Write input_scale of FP8 and NVFP4 layers, from the statistics of --calib.")
     actcal_percentile: float = _setting(
-        100.0,
-        "Share of the inputs' magnitudes, in percent, that must not clip; 100: the largest.",
-        minimum=50.0,
-        maximum=100.0,
+        100.0, "Percent of the inputs' magnitudes that must not clip; 100: the largest.", minimum=50.0, maximum=100.0
     )
     input_scales: str | None = _setting(
         None, "Take input_scale from this JSON file or checkpoint; wins over --actcal.", metavar="FILE"
@@ -233,7 +226,7 @@ class Calibration:
 
 
 _OF_SEARCH = ("scale_search", "coherence")
-_OF_RELAXATION = ("lr", "lr_schedule")
+_OF_RELAXATION, _ON_THE_GRID = ("lr", "lr_schedule"), ("discrete", "coordinate_descent")
 _OF_LEARNING = (
     *("optimizer", "num_iter", *_OF_RELAXATION, "top_p", "min_k", "max_k"),
     *("projection", "plain_weight", "spectrum", "scale_rounds", "seed"),
@@ -252,12 +245,10 @@ class Conversion:
 
     def check(self) -> None:
         """Raise :class:`InputError` for values or combinations that have no meaning."""
-        for part in (self.storage, self.rounding, self.selection, self.calibration, self):
+        for part in (self.storage, self.rounding, self.selection, self.calibration):
             check_ranges(part)
-        self.storage.check()
-        self.rounding.check()
-        self.selection.check()
-        self.calibration.check()
+            part.check()
+        check_ranges(self)
         other = replace(self.storage, nvfp4=False, full_precision_matrix_mult=False) != Storage()
         if self.selection.target_bits is not None and other:
             raise InputError("--target_bits: chooses among NVFP4, FP8 and MXFP8 by itself; leave other formats away")
@@ -273,19 +264,16 @@ class Conversion:
         default = Conversion().settings()
         changed = {name for name, value in self.settings().items() if value != default[name]}
         family = self.storage.family
-        searches = family in ("nvfp4", "mxfp8")
+        searches, solver = family in ("nvfp4", "mxfp8"), self.rounding.optimizer
         reasons = {
             **({} if searches else dict.fromkeys(_OF_SEARCH, f"{family.upper()} has no block scales to search")),
             **({"coherence": "--scale_search off"} if searches and not self.rounding.scale_search else {}),
-            **(dict.fromkeys(_OF_RELAXATION, f"--optimizer {self.rounding.optimizer}") if self._on_the_grid() else {}),
+            **(dict.fromkeys(_OF_RELAXATION, f"--optimizer {solver}") if solver in _ON_THE_GRID else {}),
             **(dict.fromkeys(_OF_LEARNING, "--simple") if self.rounding.simple else {}),
             **({"bias_correction": "there is no --calib"} if self.calibration.calib is None else {}),
             **({} if self.calibration.actcal else {"actcal_percentile": "there is no --actcal"}),
         }
         return [f"--{name} has no effect: {reasons[name]}" for name in sorted(changed & reasons.keys())]
-
-    def _on_the_grid(self) -> bool:
-        return self.rounding.optimizer in ("discrete", "coordinate_descent")
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Conversion:
