@@ -108,7 +108,7 @@ class Rounding:
     lr: float = _setting(0.05, "Learning rate of a relaxation, in steps of the grid.", minimum=0.0, maximum=1e6)
     lr_schedule: str = _setting(
         "adaptive",
-        "How the learning rate changes: with each iteration's success, by a constant factor, or when nothing is gained.",
+        "How the learning rate changes: with each iteration's success, by a constant factor, or when it stalls.",
         choices=("adaptive", "exponential", "plateau"),
     )
     top_p: float = _setting(
