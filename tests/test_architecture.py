@@ -155,6 +155,12 @@ def test_backends_share_their_file_names() -> None:
         assert not unknown, f"{folder}: {unknown} are named after no operation's file"
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    # pytest imports them by it: where byte code is kept, the second is not collected.
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), {name for name in names if names.count(name) > 1}
+
+
 def test_nothing_tracked_names_a_machine() -> None:
     machine = re.compile(r"(^|[^A-Za-z0-9_.])/(work|root|farm|home)/|pypi\.org|pythonhosted")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
