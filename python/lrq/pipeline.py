@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ from lrq.formats import Tensors
 from lrq.plan import Plan
 from lrq.repair.bias import OutputError, corrected, mean_shift, output_error
 from lrq.rounding.solve import Outcome, layer_seed, quantize_layer
-from lrq.selection.inputs import Inputs
 from lrq.selection.layer import Layer
 from lrq.staging.conveyor import Conveyor, Load, Step
 from lrq.staging.memory import MemoryPlan
 from lrq.staging.naming import naming
 from lrq.staging.places import place_on
 from lrq.staging.tiles import Tile
+from lrq.staging.workers import Workers
 
 LARGEST = 2.0**100
 """A larger weight could leave float32: rounded up to the next value of a grid, or summed over a ConvRot group."""
@@ -54,12 +54,35 @@ class LayerResult:
 OnLayer = Callable[[LayerResult], None]
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """A tile whose tensors are on their way to the disk."""
+
+    outcomes: list[Outcome]
+    error: OutputError | None
+    writes: list[Future[None]]
+
+
 @dataclass
 class _Underway:
     """A layer that is computed or written."""
 
-    result: LayerResult
-    writes: list[Future[None]] = field(default_factory=list)
+    layer: Layer
+    tiles: list[Future[_Computed]] = field(default_factory=list)
+
+    def is_written(self) -> bool:
+        return all(tile.done() and all(write.done() for write in tile.result().writes) for tile in self.tiles)
+
+    def result(self) -> LayerResult:
+        """Waits until all of it is written."""
+        layer, tiles = self.layer, [tile.result() for tile in self.tiles]
+        for write in (write for tile in tiles for write in tile.writes):
+            write.result()
+        errors = [tile.error for tile in tiles if tile.error is not None]
+        output = sum(errors[1:], errors[0]) if errors else None
+        outcomes = tuple(outcome for tile in tiles for outcome in tile.outcomes)
+        corrected = bool(tiles) and layer.corrects is not None
+        return LayerResult(layer.name, layer.format.name, layer.source.shape, outcomes, corrected, output)
 
 
 def run_plan(
@@ -81,21 +104,27 @@ def run_plan(
     underway: deque[_Underway] = deque()
 
     def land(wait: bool) -> None:
-        while underway and (wait or all(write.done() for write in underway[0].writes)):
-            for write in underway[0].writes:
-                write.result()
+        while underway and (wait or underway[0].is_written()):
+            result = underway.popleft().result()
             conveyor.check()
-            results.append(underway.popleft().result)
-            on_layer(results[-1])
+            results.append(result)
+            on_layer(result)
 
-    with Conveyor(source, writer, place_on(device, memory.vram_limit), memory) as conveyor:
-        quantizer = _Quantizer(source, conversion, device, plan.inputs)
+    place = place_on(device, memory.vram_limit)
+    with Conveyor(source, writer, place, memory) as conveyor, Workers(memory.workers, device) as workers:
+        quantizer = _Quantizer(source, conversion, device)
         done = {layer.name for layer in plan.layers if _is_finished(layer, writer)}
         loads = conveyor.loads(_steps(plan, writer, memory, done))
         for layer in plan.layers:
-            underway.append(_Underway(LayerResult(layer.name, layer.format.name, layer.source.shape, ())))
+            underway.append(_Underway(layer))
             if layer.name not in done:
-                _run_layer(quantizer, layer, memory, loads, conveyor, writer, underway[-1])
+                tiles, stats = memory.tiles[layer.name], plan.inputs.read(layer)
+                scale = _scale_of_all(quantizer, tiles, loads, conveyor) if tiles[0].needs_scale else None
+                # The matrix's scale was computed on the stream of this thread.
+                begin = workers.submit if scale is None else workers.call_here
+                for _ in tiles:
+                    call = begin(_run_tile, quantizer, next(loads), scale, stats, conveyor, writer)
+                    underway[-1].tiles.append(call)
             land(wait=False)
         for _ in loads:
             raise AssertionError("more was read than planned")
@@ -125,49 +154,28 @@ def _is_finished(layer: Layer, writer: Writer) -> bool:
     return all(f"{layer.name}.{suffix}" in writer.finished for suffix in suffixes)
 
 
-def _run_layer(
-    quantizer: _Quantizer,
-    layer: Layer,
-    memory: MemoryPlan,
-    loads: Iterator[Load],
-    conveyor: Conveyor,
-    writer: Writer,
-    underway: _Underway,
-) -> None:
-    tiles = memory.tiles[layer.name]
-    scale = None
-    if tiles[0].needs_scale:
-        largest = 0.0
-        for _ in tiles:
-            load = next(loads)
-            largest = max(largest, quantizer.largest(load))
-            conveyor.release(load)
-        scale = quantizer.scale_of(layer, largest)
-    outcomes: list[Outcome] = []
-    errors: list[OutputError] = []
-    quantizer.begin(layer)
+def _scale_of_all(quantizer: _Quantizer, tiles: Sequence[Tile], loads: Iterator[Load], conveyor: Conveyor) -> Tensor:
+    """The scale of a matrix that is read once for it, tile by tile."""
+    largest = 0.0
     for _ in tiles:
-        more, error = _run_tile(quantizer, next(loads), scale, conveyor, writer, underway.writes)
-        outcomes += more
-        errors += [] if error is None else [error]
-    output = sum(errors[1:], errors[0]) if errors else None
-    underway.result = replace(
-        underway.result, outcomes=tuple(outcomes), corrected=layer.corrects is not None, output=output
-    )
+        load = next(loads)
+        largest = max(largest, quantizer.largest(load))
+        conveyor.release(load)
+    return quantizer.scale_of(tiles[0].layer, largest)
 
 
 def _run_tile(
     quantizer: _Quantizer,
     load: Load,
     scale: Tensor | None,
+    stats: InputStats | None,
     conveyor: Conveyor,
     writer: Writer,
-    writes: list[Future[None]],
-) -> tuple[list[Outcome], OutputError | None]:
+) -> _Computed:
     """A function of its own: what it computed must not be held while the next tile is waited for."""
     tile, layer = load.tile, load.tile.layer
-    tensors, outcomes = quantizer.quantize(load, scale)
-    bias, error = quantizer.absorb(load, tensors)
+    tensors, outcomes = quantizer.quantize(load, scale, stats)
+    bias, error = quantizer.absorb(load, tensors, stats)
     parts = {f"{layer.name}.{suffix}": (begin, tensors[suffix]) for suffix, begin in tile.places().items()}
     if not tile.begin:
         parts[f"{layer.name}.{comfyui.MARKER}"] = (0, comfyui.marker_tensor(layer.marker))
@@ -175,20 +183,15 @@ def _run_tile(
             parts[f"{layer.name}.{comfyui.INPUT_SCALE}"] = (0, torch.tensor(layer.input_scale, dtype=torch.float32))
     if bias is not None:
         parts[f"{layer.name}.{comfyui.BIAS}"] = (tile.begin * bias.element_size(), bias)
-    writes += conveyor.write(load, {name: part for name, part in parts.items() if name not in writer.finished})
-    return outcomes, error
+    missing = {name: part for name, part in parts.items() if name not in writer.finished}
+    return _Computed(outcomes, error, conveyor.write(load, missing))
 
 
 class _Quantizer:
     """Computes tiles; what can go wrong with a layer is one line that names it."""
 
-    def __init__(self, source: Reader, conversion: Conversion, device: torch.device, inputs: Inputs) -> None:
-        self._source, self._conversion, self._device, self._inputs = source, conversion, device, inputs
-        self._stats: InputStats | None = None
-
-    def begin(self, layer: Layer) -> None:
-        """The tiles that follow are of this layer."""
-        self._stats = self._inputs.read(layer)
+    def __init__(self, source: Reader, conversion: Conversion, device: torch.device) -> None:
+        self._source, self._conversion, self._device = source, conversion, device
 
     def largest(self, load: Load) -> float:
         """The largest magnitude of a tile."""
@@ -202,7 +205,7 @@ class _Quantizer:
         assert name is not None
         return layer.format.quantize(one, None)[name]
 
-    def quantize(self, load: Load, scale: Tensor | None) -> tuple[Tensors, list[Outcome]]:
+    def quantize(self, load: Load, scale: Tensor | None, stats: InputStats | None) -> tuple[Tensors, list[Outcome]]:
         """Stored tensors of a tile; ``scale`` is that of the matrix, if the tile is not all of it."""
         layer = load.tile.layer
         rounding = layer.rounding(self._conversion.rounding)
@@ -212,11 +215,13 @@ class _Quantizer:
                 coherence = rounding.coherence if rounding.scale_search else None
                 return layer.format.quantize(w, coherence, scale), []
             seed = layer_seed(self._conversion.seed, layer.name)
-            return quantize_layer(layer.format, w, rounding, seed, self._stats)
+            return quantize_layer(layer.format, w, rounding, seed, stats)
 
-    def absorb(self, load: Load, tensors: Tensors) -> tuple[Tensor | None, OutputError | None]:
+    def absorb(
+        self, load: Load, tensors: Tensors, stats: InputStats | None
+    ) -> tuple[Tensor | None, OutputError | None]:
         """The tile's part of the corrected bias, if it moves, and what the statistics say of its outputs."""
-        tile, layer, stats = load.tile, load.tile.layer, self._stats
+        tile, layer = load.tile, load.tile.layer
         if stats is None or len(tile.shape) != 2:
             return None, None
         with naming(tile):
