@@ -10,7 +10,7 @@ from lrq_kernels.triton.arithmetic import narrow, widen
 from lrq_kernels.triton.launch import Tile, accepts, current, matrices_of
 
 _HALF = tl.constexpr(HALF)
-_WARPS = 8
+_WARPS = 4
 
 
 @triton.jit
