@@ -11,7 +11,8 @@ import torch
 
 from lrq.checkpoint.header import BITS
 from lrq.checkpoint.reader import Reader
-from lrq.config import Calibration, Conversion, Rounding
+from lrq.config import Conversion, Rounding
+from lrq.config.calibration import Calibration
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.formats import Format, Shape, Tensors, read_format

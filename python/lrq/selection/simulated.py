@@ -14,6 +14,7 @@ from lrq.calibration.inputs import BINS, InputStats
 from lrq.calibration.lora import layers_of_lora, with_directions
 from lrq.calibration.simulate import TOKENS, deviations, feeds, from_norm, fronts, standard_normal
 from lrq.calibration.stats import SIMULATED
+from lrq.checkpoint.header import Entry
 from lrq.checkpoint.reader import Reader
 from lrq.errors import InputError, printable
 from lrq.models.policy import FLOAT_DTYPES, SUFFIX
@@ -43,10 +44,15 @@ class SimulatedInputs(Mapping[str, InputStats]):
             for entry in entries.values()
             if entry.name.endswith(SUFFIX) and len(entry.shape) == 2 and entry.dtype in FLOAT_DTYPES
         }
-        self._lora = None if lora is None else Reader(lora)
-        self._directions = {} if self._lora is None else layers_of_lora(self._lora.entries, linear)
-        if self._lora is not None and not self._directions:
-            raise InputError(f"{lora}: holds no LoRA for a layer of {source.path}; it is of another model")
+        self._lora, self._directions = lora, dict[str, Entry]()
+        self._about_lora = ""
+        if lora is not None:
+            with Reader(lora) as reader:
+                named = layers_of_lora(reader.entries, linear)
+                self._directions = {layer: reader.entries[key] for layer, key in named.items()}
+                self._about_lora = reader.header_sha256
+            if not self._directions:
+                raise InputError(f"{lora}: holds no LoRA for a layer of {source.path}; it is of another model")
         norms = {layer: norm for layer, norm in feeds(entries.keys()).items() if self._fits(layer, norm, linear)}
         self._norms = norms if kind == NORMS else {}
         self._fronts = self._activations(linear) if kind == NORMS else {}
@@ -102,10 +108,12 @@ class SimulatedInputs(Mapping[str, InputStats]):
         if layer not in self._directions:
             return stats
         assert self._lora is not None
+        name = self._directions[layer].name
         try:
-            return with_directions(stats, self._lora.read(self._directions[layer]))
+            with Reader(self._lora) as reader:
+                return with_directions(stats, reader.read(name))
         except ValueError as error:
-            raise InputError(f"{self._lora.path}: {printable(self._directions[layer])}: {error}") from None
+            raise InputError(f"{self._lora}: {printable(name)}: {error}") from None
 
     def brief(self, layer: str) -> InputStats:
         """The same, as of a file."""
@@ -113,12 +121,8 @@ class SimulatedInputs(Mapping[str, InputStats]):
 
     def size(self, layer: str) -> int:
         """Bytes of a layer's statistics in memory."""
-        rank = 0 if self._lora is None or layer not in self._directions else self._rank(layer)
+        rank = self._directions[layer].shape[0] if layer in self._directions else 0
         return 8 * ((2 + rank) * self._columns[layer] + BINS)
-
-    def _rank(self, layer: str) -> int:
-        assert self._lora is not None
-        return self._lora.entries[self._directions[layer]].shape[0]
 
     def columns(self, layer: str) -> int:
         """K of a layer."""
@@ -126,8 +130,7 @@ class SimulatedInputs(Mapping[str, InputStats]):
 
     def digest(self) -> str:
         """SHA-256, hexadecimal, of all that they hang on beside the source."""
-        lora = "" if self._lora is None else self._lora.header_sha256
-        return hashlib.sha256(f"{self.kind} {self._tokens} {lora}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.kind} {self._tokens} {self._about_lora}".encode()).hexdigest()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._columns)

@@ -149,3 +149,61 @@ def test_a_lora_shapes_the_statistics_of_its_layers_alone(tmp_path: Path) -> Non
     broken = save(file, {name: normal(4, 8) for name in lora})
     with Reader(source) as reader, pytest.raises(InputError, match=r"lora_down.weight: A must be \[r,48\]"):
         SimulatedInputs(reader, "norms", lora=str(broken))["model.layers.0.mlp.down_proj"]
+
+
+def converted(tmp_path: Path, *flags: object) -> tuple[object, Path]:
+    source, output = save(tmp_path / "in.safetensors", LLAMA), tmp_path / "out.safetensors"
+    result = run("convert", "-i", source, "-o", output, "--preset", "none", *flags)
+    if result.exit_code == 0:
+        assert run("verify", output, "--source", source).exit_code == 0
+    return result, output
+
+
+@pytest.mark.parametrize("family,largest", [((), 448.0), (("--nvfp4",), 448.0 * 6)])
+def test_simulated_inputs_give_input_scales(tmp_path: Path, family: tuple[str, ...], largest: float) -> None:
+    flags = (*family, "--simple", "--simulate", "gaussian", "--actcal", "--actcal-samples", "100")
+    result, output = converted(tmp_path, *flags)
+    assert result.exit_code == 0, result.output
+    with Reader(output) as reader:
+        found = reader.read("model.layers.0.mlp.down_proj.input_scale").item()
+    assert found == pytest.approx(deviations(100, 48) / largest)
+
+
+def test_flags_of_the_manual_that_nothing_needs_are_taken(tmp_path: Path) -> None:
+    flags = ("--simple", "--simulate", "norms", "--actcal", "--actcal-seed", "42", "--actcal_device", "cuda")
+    result, _ = converted(tmp_path, *flags)
+    assert result.exit_code == 0
+    for name in ("seed", "device"):
+        assert f"notice: --actcal_{name} has no effect: " in result.stderr
+
+
+def test_a_guess_moves_no_bias(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.safetensors", LLAMA | {"model.layers.0.mlp.down_proj.bias": normal(32, seed=9)})
+    output = tmp_path / "out.safetensors"
+    assert run("convert", "-i", source, "-o", output, "--simulate", "norms", "--nvfp4").exit_code == 0
+    with Reader(source) as before, Reader(output) as after:
+        name = "model.layers.0.mlp.down_proj.bias"
+        assert torch.equal(before.read(name), after.read(name))
+
+
+@pytest.mark.parametrize(
+    "flags,word",
+    [
+        (("--actcal",), "--actcal: needs the statistics of --calib, or --simulate gaussian or norms"),
+        (("--calib", "x", "--simulate", "norms"), "--simulate: stands in the place of --calib"),
+        (("--actcal-lora", "x"), "--actcal_lora: needs --simulate"),
+        (("--simulate", "norms", "--actcal-lora", "absent"), "absent"),
+        (("--simulate", "norms", "--calib-samples", "0"), "--calib_samples: must be at least 1"),
+    ],
+)
+def test_combinations_without_meaning_are_refused(tmp_path: Path, flags: tuple[str, ...], word: str) -> None:
+    result, output = converted(tmp_path, "--simple", *flags)
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("notice")]
+    assert result.exit_code == 2 and line.startswith("error: ") and word in line
+    assert not output.exists()
+
+
+def test_without_norms_there_is_one_line(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.safetensors", {"blocks.0.fc.weight": normal(32, 64)})
+    result = run("convert", "-i", source, "-o", tmp_path / "out", "--simulate", "norms")
+    assert result.exit_code == 2 and "no layer" in result.stderr and "stands behind a norm" in result.stderr
