@@ -96,11 +96,12 @@ class Rounding:
         minimum=0.0,
         maximum=1e6,
     )
-    optimizer: str = _setting(
-        "discrete",
+    optimizer: str | None = _setting(
+        None,
         "What chooses the codes: discrete and coordinate_descent move weights on the grid; original (gradient "
-        "descent), adamw and radam move a relaxation of them, whose codes count.",
-        choices=("discrete", "coordinate_descent", "original", "adamw", "radam"),
+        "descent), adamw and radam move a relaxation of them, whose codes count; gptq rounds column after column "
+        "under --calib [default: gptq where second moments of the inputs are known, discrete elsewhere].",
+        choices=("discrete", "coordinate_descent", "original", "adamw", "radam", "gptq"),
     )
     num_iter: int = _setting(
         1000, "Iterations of learned rounding at most; it stops when the error no longer falls.", minimum=1
@@ -132,6 +133,10 @@ class Rounding:
     def direction_power(self) -> float:
         """``spectrum`` with its default filled in."""
         return self.spectrum if self.spectrum is not None else float(self.projection == "input")
+
+    def solver(self, measured: bool) -> str:
+        """``optimizer`` with its default filled in, for a layer of which second moments are known or not."""
+        return self.optimizer or ("gptq" if measured else "discrete")
 
     def check(self) -> None:
         """Raise :class:`InputError` for a combination that has no meaning."""
@@ -273,7 +278,7 @@ class Conversion:
         return [f"--{name} has no effect: {reasons[name]}" for name in sorted(changed & reasons.keys())]
 
     def _on_the_grid(self) -> bool:
-        return self.rounding.optimizer in ("discrete", "coordinate_descent")
+        return self.rounding.optimizer in (None, "discrete", "coordinate_descent", "gptq")
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Conversion:

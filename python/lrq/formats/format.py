@@ -28,6 +28,8 @@ class Format(ABC):
     grid: ClassVar[Grid]
     has_scale_search: ClassVar[bool] = False
     """Whether :meth:`quantize` can search block scales."""
+    scale_reach: ClassVar[range] = range(0)
+    """Representable scales that are tried under statistics of the inputs, counted from the block's own."""
 
     tile_rows: ClassVar[int] = 1
     """Rows of a part of a weight that is quantized by itself come in multiples of this."""
@@ -82,6 +84,17 @@ class Format(ABC):
     @abstractmethod
     def with_codes(self, tensors: Tensors, values: Tensor) -> Tensors:
         """The same scales with other grid values [..,N,K]."""
+
+    def rungs(self, tensors: Tensors) -> Tensor:
+        """The scales that a block can take, rising, float32 [L], or [E,L] where the matrices of a bank differ.
+
+        The first is 0, that of a block of zeros. Only where :attr:`has_scale_search`.
+        """
+        raise NotImplementedError(f"{self.name} has no block scales to choose")
+
+    def with_rungs(self, tensors: Tensors, index: Tensor) -> Tensors:
+        """The same codes with the scales of other rungs, int64 [..,N,blocks of a row]."""
+        raise NotImplementedError(f"{self.name} has no block scales to choose")
 
     @classmethod
     @abstractmethod

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 import lrq_kernels
 from lrq.formats.format import Format, Shape, Tensors
 from lrq.formats.grid import E4M3, Grid
-from lrq_kernels.minifloat import encode_e4m3, power_of_two
+from lrq_kernels.minifloat import LAST_EXPONENT, encode_e4m3, power_of_two
 
 BLOCK = 32
 
@@ -24,6 +25,7 @@ class Mxfp8(Format):
     grid: ClassVar[Grid] = E4M3
     tile_rows: ClassVar[int] = 128
     has_scale_search: ClassVar[bool] = True
+    scale_reach: ClassVar[range] = range(-2, 2)
 
     @property
     def name(self) -> str:
@@ -51,6 +53,15 @@ class Mxfp8(Format):
         stored = tensors["weight"]
         missing = (0, stored.shape[-1] - values.shape[-1], 0, stored.shape[-2] - values.shape[-2])
         return {**tensors, "weight": encode_e4m3(pad(values, missing))}
+
+    def rungs(self, tensors: Tensors) -> Tensor:
+        exponents = torch.arange(LAST_EXPONENT + 1, device=tensors["weight"].device)
+        return power_of_two(exponents).masked_fill(exponents == 0, 0.0)
+
+    def with_rungs(self, tensors: Tensors, index: Tensor) -> Tensors:
+        stored = tensors["weight"]
+        missing = (0, stored.shape[-1] // BLOCK - index.shape[-1], 0, stored.shape[-2] - index.shape[-2])
+        return {**tensors, "weight_scale": lrq_kernels.swizzle_scales(pad(index.to(torch.uint8), missing))}
 
     @classmethod
     def read(cls, marker: dict[str, Any], tensors: dict[str, Shape]) -> Mxfp8:

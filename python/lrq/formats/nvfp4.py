@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 import lrq_kernels
 from lrq.formats.format import Format, Shape, Tensors
 from lrq.formats.grid import E2M1, Grid
-from lrq_kernels.minifloat import decode_e2m1, encode_e2m1
+from lrq_kernels.minifloat import decode_e2m1, decode_e4m3, encode_e2m1
 
 BLOCK = 16
+SCALES = 127
+"""E4M3 values from 0 to 448, by their code."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Nvfp4(Format):
     grid: ClassVar[Grid] = E2M1
     tile_rows: ClassVar[int] = 128
     has_scale_search: ClassVar[bool] = True
+    scale_reach: ClassVar[range] = range(-8, 7)
 
     @property
     def matrix_scale(self) -> str | None:
@@ -56,6 +60,16 @@ class Nvfp4(Format):
         stored = tensors["weight"]
         missing = (0, stored.shape[-1] * 2 - values.shape[-1], 0, stored.shape[-2] - values.shape[-2])
         return {**tensors, "weight": lrq_kernels.pack_fp4(pad(encode_e2m1(values), missing))}
+
+    def rungs(self, tensors: Tensors) -> Tensor:
+        outer = tensors["weight_scale_2"]
+        return outer[..., None] * decode_e4m3(torch.arange(SCALES, device=outer.device))
+
+    def with_rungs(self, tensors: Tensors, index: Tensor) -> Tensors:
+        stored = tensors["weight"]
+        missing = (0, stored.shape[-1] * 2 // BLOCK - index.shape[-1], 0, stored.shape[-2] - index.shape[-2])
+        scales = pad(index.to(torch.uint8), missing).view(torch.float8_e4m3fn)
+        return {**tensors, "weight_scale": lrq_kernels.swizzle_scales(scales)}
 
     @classmethod
     def read(cls, marker: dict[str, Any], tensors: dict[str, Shape]) -> Nvfp4:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrq.formats.grid import Grid
+from lrq.rounding.block_scales import Ladder
 from lrq.rounding.metric import Metric, sum_of_squares
 
 CHUNK = 1 << 22
@@ -30,6 +31,8 @@ class Problem:
     grid: Grid
     metric: Metric
     seed: int
+    ladder: Ladder | None = None
+    """What scales could be as well; None: they are what they are."""
 
     def spread_scale(self, rows: slice = slice(None)) -> Tensor:
         """The scale of every weight of some rows; broadcasts to [B,rows,K]."""
@@ -68,10 +71,22 @@ class Problem:
         """``|U'EV|^2 + λ|E|^2``, float64 [B]."""
         return sum_of_squares(self.projected(values)) + self.metric.plain_weight * self.plain(values)
 
+    def restarted(self) -> Problem:
+        """The same with the codes nearest under its scales for a start."""
+        start = torch.empty_like(self.start)
+        rows = max(1, CHUNK // (self.weight.shape[0] * self.weight.shape[2]))
+        for begin in range(0, self.weight.shape[1], rows):
+            part = slice(begin, begin + rows)
+            scale = self.spread_scale(part)
+            quotient = torch.where(scale > 0, self.weight[:, part] / scale, 0.0)
+            start[:, part] = self.grid.nearest(quotient).bfloat16()
+        return replace(self, start=start)
+
     def select(self, index: Tensor) -> Problem:
         """Some matrices of the batch."""
         parts = {name: getattr(self, name)[index] for name in ("weight", "scale", "start")}
-        return replace(self, **parts, metric=self.metric.select(index))
+        ladder = None if self.ladder is None else self.ladder.select(index)
+        return replace(self, **parts, metric=self.metric.select(index), ladder=ladder)
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,8 @@ class Solution:
     iterations: list[int]
     stopped: list[str]
     """Why the solver stopped."""
+    scale: Tensor | None = None
+    """Of these values, as :attr:`Problem.scale`, where the solver chose them; None: the problem's."""
 
 
 def relative_error(problem: Problem, values: Tensor) -> Tensor:

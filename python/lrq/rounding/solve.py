@@ -12,9 +12,12 @@ from torch import Tensor
 from lrq.calibration.inputs import InputStats
 from lrq.config import Rounding
 from lrq.formats import Format, Tensors
+from lrq.rounding.block_scales import Ladder, weighted_scales
 from lrq.rounding.coordinate_descent import coordinate_descent
 from lrq.rounding.discrete import discrete
-from lrq.rounding.metric import weight_metric
+from lrq.rounding.gptq import gptq
+from lrq.rounding.metric import Metric, weight_metric
+from lrq.rounding.moments import Moments, falling_order, moment_metric, sequential_metric
 from lrq.rounding.problem import Problem, Solution, relative_error
 from lrq.rounding.relaxation import AdamW, Original, RAdam, Relaxation
 
@@ -24,10 +27,12 @@ SOLVERS: dict[str, Callable[[Problem, Rounding], Solution]] = {
     "original": Relaxation(Original),
     "adamw": Relaxation(AdamW),
     "radam": Relaxation(RAdam),
+    "gptq": gptq,
 }
 
 FROBENIUS_LIMIT = 1.05
-"""|E| may be this many times that of round-to-nearest with the same scales; λ is raised until it holds."""
+"""|E| may be this many times that of round-to-nearest with the same scales; λ is raised until it holds.
+Not so under statistics (:attr:`lrq.rounding.metric.Metric.limits_plain`)."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,12 @@ def quantize_layer(
     if rounding.simple:
         return tensors, []
     shape = tuple(w.shape)
-    values, outcomes = learn(problem_of(fmt, w, tensors, rounding, seed), rounding)
-    return fmt.with_codes(tensors, values.view(shape).float()), outcomes
+    problem = problem_of(fmt, w, tensors, rounding, seed, stats)
+    solution, outcomes = learn(problem, rounding)
+    if problem.ladder is not None:
+        index = problem.ladder.index(problem.scale if solution.scale is None else solution.scale)
+        tensors = fmt.with_rungs(tensors, index.view(*shape[:-1], -1))
+    return fmt.with_codes(tensors, solution.values.view(shape).float()), outcomes
 
 
 def quantize_layers(
@@ -72,8 +81,13 @@ def quantize_layers(
     return [(one, outcomes[i : i + 1]) for i, one in enumerate(each)]
 
 
-def problem_of(fmt: Format, w: Tensor, tensors: Tensors, rounding: Rounding, seed: int) -> Problem:
-    """The problem of a weight [N,K] or [E,N,K] whose scales are stored already, in units of a power of two."""
+def problem_of(
+    fmt: Format, w: Tensor, tensors: Tensors, rounding: Rounding, seed: int, stats: InputStats | None = None
+) -> Problem:
+    """The problem of a weight [N,K] or [E,N,K] whose scales are stored already, in units of a power of two.
+
+    With statistics the metric is theirs, and block scales that may be searched are the best ones under it.
+    """
     shape = tuple(w.shape)
     rows, columns = shape[-2:]
     prepared = fmt.prepare(w).view(-1, rows, columns)
@@ -86,7 +100,30 @@ def problem_of(fmt: Format, w: Tensor, tensors: Tensors, rounding: Rounding, see
     exponent = -torch.frexp(torch.maximum(high, -low)).exponent[:, None, None]
     prepared, compact = _times_power(prepared, exponent), _times_power(compact, exponent)
     start = start.bfloat16().view(prepared.shape)
-    return Problem(prepared, compact, block, start, fmt.grid, weight_metric(prepared, rounding), seed)
+    if stats is None:
+        return Problem(prepared, compact, block, start, fmt.grid, weight_metric(prepared, rounding), seed)
+    searches = fmt.has_scale_search and rounding.scale_search
+    moments = Moments(fmt, stats, w.device)
+    metric, second = _measured(moments, tuple(prepared.shape), block[1] if searches else 1, rounding)
+    problem = Problem(prepared, compact, block, start, fmt.grid, metric, seed)
+    if not searches:
+        return problem
+    rungs = fmt.rungs(tensors).expand(len(prepared), -1)
+    ladder = Ladder(_times_power(rungs, exponent[:, 0]), fmt.scale_reach)
+    best = weighted_scales(prepared, compact, ladder, second, fmt.grid)
+    return replace(problem, scale=best, ladder=ladder).restarted()
+
+
+def _measured(
+    moments: Moments, shape: tuple[int, ...], block: int, rounding: Rounding
+) -> tuple[Metric, Tensor]:
+    """The metric of statistics for weights [B,N,K] that a solver can use, and E[x²] float32 [K]."""
+    count, _, columns = shape
+    if rounding.solver(moments.correlated) != "gptq":
+        return moment_metric(moments, (count, shape[1], columns), rounding), moments.diagonal()
+    h = moments.matrix()
+    diagonal = h.diagonal().contiguous()
+    return sequential_metric(h, count, falling_order(diagonal, block)), diagonal
 
 
 def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
@@ -95,26 +132,41 @@ def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
     return torch.ldexp(torch.ldexp(x, half), exponent - half).contiguous()
 
 
-def learn(problem: Problem, rounding: Rounding) -> tuple[Tensor, list[Outcome]]:
-    """Grid values [B,N,K] of a problem: never worse than the start in its metric, |E| in :data:`FROBENIUS_LIMIT`."""
-    solve = SOLVERS[rounding.optimizer]
+def learn(problem: Problem, rounding: Rounding) -> tuple[Solution, list[Outcome]]:
+    """A solution that is never worse than the start in the problem's metric.
+
+    |E| is within :data:`FROBENIUS_LIMIT`, unless the metric is measured.
+    """
+    solve = SOLVERS[rounding.solver(problem.metric.order is not None)]
     solution = solve(problem, rounding)
-    values, iterations, stopped = solution.values, solution.iterations, solution.stopped
+    if problem.metric.limits_plain:
+        solution = _within_limit(problem, rounding, solve, solution)
+    scale = problem.scale if solution.scale is None else solution.scale
+    before = problem.objective(problem.start)
+    after = replace(problem, scale=scale).objective(solution.values)
+    # Raising λ, or float32 in the last bits of a perfect fit, may lose against the start.
+    lost = after > before
+    values = torch.where(lost[:, None, None], problem.start, solution.values)
+    scale = torch.where(lost[:, None, None], problem.scale, scale)
+    least = torch.minimum(before, after).tolist()
+    pairs = zip(lost.tolist(), solution.stopped, strict=True)
+    stopped = ["nearest is best" if nearest else why for nearest, why in pairs]
+    outcomes = list(map(Outcome, solution.iterations, stopped, before.tolist(), least))
+    return Solution(values, solution.iterations, stopped, scale), outcomes
+
+
+def _within_limit(
+    problem: Problem, rounding: Rounding, solve: Callable[[Problem, Rounding], Solution], solution: Solution
+) -> Solution:
+    values, iterations, stopped = solution.values, list(solution.iterations), list(solution.stopped)
     plain_weight = problem.metric.plain_weight.clone()
     while True:
         over = (relative_error(problem, values) > FROBENIUS_LIMIT).nonzero()[:, 0]
         if not len(over):
-            break
+            return Solution(values, iterations, stopped)
         plain_weight[over] = 2 * plain_weight[over].clamp(min=0.05)
         metric = replace(problem.metric, plain_weight=plain_weight)
-        solution = solve(replace(problem, metric=metric).select(over), rounding)
-        values = values.index_copy(0, over, solution.values)
+        again = solve(replace(problem, metric=metric).select(over), rounding)
+        values = values.index_copy(0, over, again.values)
         for position, i in enumerate(over.tolist()):
-            iterations[i], stopped[i] = solution.iterations[position], solution.stopped[position]
-    before, after = problem.objective(problem.start), problem.objective(values)
-    # Raising λ, or float32 in the last bits of a perfect fit, may lose against the start.
-    lost = after > before
-    values = torch.where(lost[:, None, None], problem.start, values)
-    least = torch.minimum(before, after).tolist()
-    stopped = ["nearest is best" if i else why for i, why in zip(lost.tolist(), stopped, strict=True)]
-    return values, list(map(Outcome, iterations, stopped, before.tolist(), least))
+            iterations[i], stopped[i] = again.iterations[position], again.stopped[position]

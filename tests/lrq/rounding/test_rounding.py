@@ -44,7 +44,8 @@ def cases() -> list:
 @pytest.mark.parametrize(("fmt", "w"), cases())
 def test_better_in_its_metric_and_frobenius_bounded(fmt: Format, w: Tensor) -> None:
     problem = problem_for(fmt, w)
-    values, (outcome,) = learn(problem, Rounding())
+    solution, (outcome,) = learn(problem, Rounding())
+    values = solution.values
     before, after = (problem.objective(v) for v in (problem.start, values))
     assert outcome.objective_before == pytest.approx(before)
     assert outcome.objective_after == pytest.approx(after)
@@ -139,7 +140,7 @@ def test_both_sides_and_a_small_plain_weight_lower_the_projected_error_most(opti
         rounding = replace(rounding, num_iter=10)
     problem = problem_for(FORMATS["nvfp4"], w, rounding)
     assert problem.metric.left is not None
-    values, _ = learn(problem, rounding)
+    values = learn(problem, rounding)[0].values
     before, after = (sum_of_squares(problem.projected(v)).sqrt().item() for v in (problem.start, values))
     assert after < (0.4 if optimizer == "discrete" else 0.7) * before
 

@@ -25,7 +25,8 @@ def test_a_relaxation_ends_on_the_grid_with_a_lower_projected_error(name: str, o
     fmt, w = FORMATS[name], low_rank(128, 256)
     rounding = replace(BOTH, optimizer=optimizer)
     problem = problem_of(fmt, w, fmt.quantize(w, 4.0), rounding, seed=0)
-    values, (outcome,) = learn(problem, rounding)
+    solution, (outcome,) = learn(problem, rounding)
+    values = solution.values
     before, after = (sum_of_squares(problem.projected(v)).sqrt().item() for v in (problem.start, values))
     assert after <= 0.7 * before
     assert torch.equal(fmt.grid.nearest(values.float()).bfloat16(), values)
