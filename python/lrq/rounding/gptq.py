@@ -34,43 +34,41 @@ def gptq(problem: Problem, rounding: Rounding) -> Solution:
     Raises:
         InputError: the metric is not that of statistics.
     """
-    metric = problem.metric
-    if metric.order is None:
+    order = problem.metric.order
+    if order is None:
         raise InputError("--optimizer gptq: needs statistics of the layer's inputs, --calib FILE")
     count, rows, columns = problem.weight.shape
     # All matrices have the same inputs, and rows don't know of each other.
-    factor = metric.right[0][metric.order]
-    weight = problem.weight.flatten(0, 1)[:, metric.order].mT.contiguous()
-    run = _Run(problem.grid.nearest, weight, factor)
-    if problem.ladder is None:
-        scale = problem.spread_scale().expand(problem.weight.shape).flatten(0, 1)[:, metric.order].mT.contiguous()
-        for begin in range(0, columns, OUTER):
-            run.advance(begin, min(begin + OUTER, columns), INNER, lambda part: scale[part, None])
-        found = None
-    else:
-        found = _search(run, problem, metric.order)
-    back = metric.order.argsort()
-    values = run.values[back].mT.reshape(count, rows, columns).bfloat16()
-    return Solution(values, [1] * count, ["all columns rounded"] * count, found)
+    weight = problem.weight.flatten(0, 1)[:, order].mT.contiguous()
+    run = _Run(problem.grid.on(weight.device), weight, problem.metric.right[0][order])
+    scale = _with_given_scales(run, problem, order) if problem.ladder is None else _with_best_scales(run, problem, order)
+    values = run.values[order.argsort()].mT.reshape(count, rows, columns)
+    return Solution(values, [1] * count, ["all columns rounded"] * count, scale)
 
 
-def _search(run: _Run, problem: Problem, order: Tensor) -> Tensor:
+def _with_given_scales(run: _Run, problem: Problem, order: Tensor) -> None:
+    columns = len(order)
+    each = problem.spread_scale().expand(problem.weight.shape).flatten(0, 1).mT
+    for begin in range(0, columns, OUTER):
+        part = slice(begin, min(begin + OUTER, columns))
+        run.advance(part, [one[:, None] for one in each[order[part]].split(INNER)])
+
+
+def _with_best_scales(run: _Run, problem: Problem, order: Tensor) -> Tensor:
     """The same with a choice of scales; returns those chosen, as the problem's."""
-    ladder, block, columns = problem.ladder, problem.block[1], run.weight.shape[0]
+    ladder, block, columns = problem.ladder, problem.block[1], len(order)
     assert ladder is not None
     chosen = problem.scale.clone()
     places = order[::block] // block
-
-    def scales(part: slice) -> Tensor:
-        own = problem.scale.index_select(2, places[part.start // block][None])
-        return ladder.around(own).flatten(1).expand(part.stop - part.start, -1, -1)
-
-    outer = max(block, OUTER // block * block)
-    for begin in range(0, columns, outer):
-        end = min(begin + outer, columns)
-        picked = torch.stack(run.advance(begin, end, block, scales))
-        where = places[begin // block : -(-end // block)]
-        chosen[:, :, where] = picked.view(len(picked), *chosen.shape[:2]).permute(1, 2, 0)
+    outer = max(1, OUTER // block)
+    for begin in range(0, len(places), outer):
+        where = places[begin : begin + outer]
+        part = slice(begin * block, min((begin + outer) * block, columns))
+        around = ladder.around(problem.scale[:, :, where]).flatten(1, 2).movedim(2, 0).contiguous()
+        sizes = [min(block, columns - (begin + i) * block) for i in range(len(where))]
+        each = [one.expand(size, -1, -1) for one, size in zip(around, sizes, strict=True)]
+        picked = run.advance(part, each).view(len(where), *chosen.shape[:2])
+        chosen[:, :, where] = picked.movedim(0, 2)
     return chosen
 
 
@@ -81,40 +79,42 @@ class _Run:
         self.nearest, self.weight = nearest, weight
         self.curvature = factor.diagonal().square()
         self.feedback = factor / factor.diagonal()
-        self.values = torch.zeros_like(weight)
+        self.values = torch.zeros_like(weight, dtype=torch.bfloat16)
         self.error = torch.zeros_like(weight)
 
-    def advance(self, begin: int, end: int, step: int, scales: Callable[[slice], Tensor]) -> list[Tensor]:
-        """Round the columns from ``begin`` to ``end``, ``step`` of them at a time.
+    def advance(self, columns: slice, scales: list[Tensor]) -> Tensor:
+        """Round some columns, which ``scales`` [columns,C,M] cut in parts; C are the candidates of a part.
 
-        ``scales`` gives the candidates of a part, [columns,C,M]. Returns the scales [M] of each part's first column.
+        Returns the scale of each part's first column, [parts,M].
         """
-        target = self.weight[begin:end] - self.feedback[:begin, begin:end].mT @ self.error[:begin]
+        begin = columns.start
+        target = self.weight[columns] - self.feedback[:begin, columns].mT @ self.error[:begin]
         chosen = []
-        for low in range(begin, end, step):
-            part = slice(low, min(low + step, end))
+        low = begin
+        for scale in scales:
+            part = slice(low, low + len(scale))
             near = self.feedback[begin:low, part].mT @ self.error[begin:low]
-            chosen.append(self._round(part, target[low - begin : part.stop - begin] - near, scales(part)))
-        return chosen
+            chosen.append(self._round(part, target[low - begin : part.stop - begin] - near, scale))
+            low = part.stop
+        return torch.stack(chosen)
 
     def _round(self, part: slice, target: Tensor, scale: Tensor) -> Tensor:
         size, candidates, rows = scale.shape
         weight, feedback = self.weight[part], self.feedback[part, part]
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
-        error = target.new_empty(size, candidates * rows)
-        values = target.new_empty(size, candidates, rows)
-        loss = target.new_zeros(candidates, rows)
+        values, stored, wanted, error = (torch.empty_like(scale, memory_format=torch.contiguous_format) for _ in "qswe")
+        flat = error.view(size, -1)
+        # On a GPU the launches of this loop are what takes time: whatever can be is done for all columns together.
         for i in range(size):
-            wanted = target[i] - (feedback[:i, i] @ error[:i]).view(candidates, rows)
-            values[i] = self.nearest(wanted * inverse[i])
-            stored = values[i] * scale[i]
-            error[i] = (stored - weight[i]).flatten()
-            loss += self.curvature[part.start + i] * (stored - wanted).square()
-        error = error.view(size, candidates, rows)
+            torch.sub(target[i], (feedback[:i, i] @ flat[:i]).view(candidates, rows), out=wanted[i])
+            values[i] = self.nearest(wanted[i] * inverse[i])
+            torch.mul(values[i], scale[i], out=stored[i])
+            torch.sub(stored[i], weight[i], out=error[i])
         if candidates == 1:
             self.values[part], self.error[part] = values[:, 0], error[:, 0]
             return scale[0, 0]
-        best = loss.argmin(0, keepdim=True)
+        missed = stored.sub_(wanted).square_().flatten(1)
+        best = (self.curvature[part] @ missed).view(candidates, rows).argmin(0, keepdim=True)
         index = best.expand(size, 1, rows)
         self.values[part], self.error[part] = values.gather(1, index)[:, 0], error.gather(1, index)[:, 0]
         return scale[0].gather(0, best)[0]

@@ -29,6 +29,11 @@ class Moments:
         self._unit = 1 / mean if mean > 0 else 0.0
 
     @property
+    def columns(self) -> int:
+        """K."""
+        return self._stats.columns
+
+    @property
     def correlated(self) -> bool:
         """Whether more is known than mean and diagonal."""
         return self._stats.gram is not None or self._stats.vectors is not None
@@ -44,11 +49,9 @@ class Moments:
         once = self._fmt.prepare(whole)
         return self._fmt.prepare(once.mT.contiguous()) if once is not whole else whole
 
-    def diagonal(self) -> Tensor:
-        """That of H, float32 [K]."""
-        if self._fmt.prepare(probe := torch.zeros(1, self._stats.columns)) is probe:
-            return (self._stats.second * self._unit).float().to(self._device)
-        return self.matrix().diagonal().contiguous()
+    def second(self) -> Tensor:
+        """E[x²] of inputs that are not rotated, float32 [K], in the units of H."""
+        return (self._stats.second * self._unit).float().to(self._device)
 
     def _factor(self) -> tuple[Tensor, Tensor]:
         """F [K,r] and d [K], float32, for which H = FF' + diag(d), in the basis of the inputs."""
@@ -73,12 +76,12 @@ class Moments:
         return vectors * (values[-count:] - rest).clamp(min=0).sqrt(), rest
 
 
-def moment_metric(moments: Moments, shape: tuple[int, int, int], rounding: Rounding) -> Metric:
-    """That of weights [B,N,K] by the leading eigenpairs of H: V weighted by the root of the eigenvalue, λ the rest.
+def moment_metric(moments: Moments, count: int, rounding: Rounding) -> Metric:
+    """That of ``count`` matrices by the leading eigenpairs of H: V weighted by the root of the eigenvalue, λ the rest.
 
     ``top_p``, ``min_k`` and ``max_k`` count directions of the K inputs.
     """
-    count, _, columns = shape
+    columns = moments.columns
     size = subspace_size((columns, columns), rounding.top_p, rounding.min_k, rounding.max_k)
     right, rest = moments.leading(size)
     plain_weight = (rest + DAMPING).expand(count).contiguous()
@@ -111,7 +114,7 @@ def falling_order(diagonal: Tensor, block: int) -> Tensor:
     whole = columns // block * block
     blocks = diagonal[:whole].view(-1, block)
     outer = blocks.sum(1).argsort(descending=True, stable=True)
-    inner = blocks.argsort(1, descending=True, stable=True)
+    inner = blocks.argsort(dim=1, descending=True, stable=True)
     inner = inner + torch.arange(len(blocks), device=diagonal.device)[:, None] * block
     tail = diagonal[whole:].argsort(descending=True, stable=True) + whole
     return torch.cat((inner[outer].flatten(), tail))

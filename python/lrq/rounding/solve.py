@@ -102,28 +102,23 @@ def problem_of(
     start = start.bfloat16().view(prepared.shape)
     if stats is None:
         return Problem(prepared, compact, block, start, fmt.grid, weight_metric(prepared, rounding), seed)
-    searches = fmt.has_scale_search and rounding.scale_search
     moments = Moments(fmt, stats, w.device)
-    metric, second = _measured(moments, tuple(prepared.shape), block[1] if searches else 1, rounding)
+    searches = fmt.has_scale_search and rounding.scale_search
+    metric = _measured_metric(moments, len(prepared), block[1] if searches else 1, rounding)
     problem = Problem(prepared, compact, block, start, fmt.grid, metric, seed)
     if not searches:
         return problem
-    rungs = fmt.rungs(tensors).expand(len(prepared), -1)
-    ladder = Ladder(_times_power(rungs, exponent[:, 0]), fmt.scale_reach)
-    best = weighted_scales(prepared, compact, ladder, second, fmt.grid)
+    ladder = Ladder(_times_power(fmt.rungs(tensors).expand(len(prepared), -1), exponent[:, 0]), fmt.scale_reach)
+    best = weighted_scales(prepared, compact, ladder, moments.second(), fmt.grid)
     return replace(problem, scale=best, ladder=ladder).restarted()
 
 
-def _measured(
-    moments: Moments, shape: tuple[int, ...], block: int, rounding: Rounding
-) -> tuple[Metric, Tensor]:
-    """The metric of statistics for weights [B,N,K] that a solver can use, and E[x²] float32 [K]."""
-    count, _, columns = shape
+def _measured_metric(moments: Moments, count: int, block: int, rounding: Rounding) -> Metric:
+    """The metric of statistics that the solver can use, for ``count`` matrices whose scales have ``block`` columns."""
     if rounding.solver(moments.correlated) != "gptq":
-        return moment_metric(moments, (count, shape[1], columns), rounding), moments.diagonal()
+        return moment_metric(moments, count, rounding)
     h = moments.matrix()
-    diagonal = h.diagonal().contiguous()
-    return sequential_metric(h, count, falling_order(diagonal, block)), diagonal
+    return sequential_metric(h, count, falling_order(h.diagonal(), block))
 
 
 def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
