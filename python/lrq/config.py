@@ -98,14 +98,12 @@ class Rounding:
     )
     optimizer: str | None = _setting(
         None,
-        "What chooses the codes: discrete and coordinate_descent move weights on the grid; original (gradient "
-        "descent), adamw and radam move a relaxation of them, whose codes count; gptq rounds column after column "
-        "under --calib [default: gptq where second moments of the inputs are known, discrete elsewhere].",
-        choices=("discrete", "coordinate_descent", "original", "adamw", "radam", "gptq"),
+        "What chooses the codes: discrete and coordinate_descent move weights on the grid, gptq rounds column by "
+        "column under --calib; original (gradient descent), adamw and radam move a relaxation, whose codes count "
+        "[default: gptq for layers whose second moments --calib has, else discrete].",
+        choices=("discrete", "coordinate_descent", "gptq", "original", "adamw", "radam"),
     )
-    num_iter: int = _setting(
-        1000, "Iterations of learned rounding at most; it stops when the error no longer falls.", minimum=1
-    )
+    num_iter: int = _setting(1000, "Most iterations of learned rounding; it stops when the error rests.", minimum=1)
     lr: float = _setting(0.05, "Learning rate of a relaxation, in steps of the grid.", minimum=0.0, maximum=1e6)
     lr_schedule: str = _setting(
         "adaptive",
@@ -133,10 +131,6 @@ class Rounding:
     def direction_power(self) -> float:
         """``spectrum`` with its default filled in."""
         return self.spectrum if self.spectrum is not None else float(self.projection == "input")
-
-    def solver(self, measured: bool) -> str:
-        """``optimizer`` with its default filled in, for a layer of which second moments are known or not."""
-        return self.optimizer or ("gptq" if measured else "discrete")
 
     def check(self) -> None:
         """Raise :class:`InputError` for a combination that has no meaning."""
@@ -226,6 +220,7 @@ class Calibration:
 
 
 _OF_SEARCH = ("scale_search", "coherence")
+_RELAXATIONS = ("original", "adamw", "radam")
 _OF_RELAXATION = ("lr", "lr_schedule")
 _OF_LEARNING = (
     *("optimizer", "num_iter", *_OF_RELAXATION, "top_p", "min_k", "max_k"),
@@ -251,6 +246,8 @@ class Conversion:
         self.rounding.check()
         self.selection.check()
         self.calibration.check()
+        if self.rounding.optimizer == "gptq" and self.calibration.calib is None:
+            raise InputError("--optimizer gptq: needs the statistics of --calib; lrq calibrate makes them")
         other = replace(self.storage, nvfp4=False, full_precision_matrix_mult=False) != Storage()
         if self.selection.target_bits is not None and other:
             raise InputError("--target_bits: chooses among NVFP4, FP8 and MXFP8 by itself; leave other formats away")
@@ -266,19 +263,16 @@ class Conversion:
         default = Conversion().settings()
         changed = {name for name, value in self.settings().items() if value != default[name]}
         family = self.storage.family
-        searches = family in ("nvfp4", "mxfp8")
+        searches, chosen = family in ("nvfp4", "mxfp8"), self.rounding.optimizer or "discrete"
         reasons = {
             **({} if searches else dict.fromkeys(_OF_SEARCH, f"{family.upper()} has no block scales to search")),
             **({"coherence": "--scale_search off"} if searches and not self.rounding.scale_search else {}),
-            **(dict.fromkeys(_OF_RELAXATION, f"--optimizer {self.rounding.optimizer}") if self._on_the_grid() else {}),
+            **({} if chosen in _RELAXATIONS else dict.fromkeys(_OF_RELAXATION, f"--optimizer {chosen}")),
             **(dict.fromkeys(_OF_LEARNING, "--simple") if self.rounding.simple else {}),
             **({"bias_correction": "there is no --calib"} if self.calibration.calib is None else {}),
             **({} if self.calibration.actcal else {"actcal_percentile": "there is no --actcal"}),
         }
         return [f"--{name} has no effect: {reasons[name]}" for name in sorted(changed & reasons.keys())]
-
-    def _on_the_grid(self) -> bool:
-        return self.rounding.optimizer in (None, "discrete", "coordinate_descent", "gptq")
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Conversion:

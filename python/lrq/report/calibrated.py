@@ -25,6 +25,8 @@ class Changes:
     added: frozenset[str] = frozenset()
     """They had no bias, and have one now."""
     input_scales: frozenset[str] = frozenset()
+    measured: frozenset[str] = frozenset()
+    """Statistics of their inputs were there: if they were not rounded simply, codes and block scales follow those."""
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -37,7 +39,7 @@ def recorded_changes(output: Reader) -> Changes:
     """What the file records; nothing where it records nothing that can be read."""
     try:
         entry = json.loads(output.header.metadata[PROVENANCE])[CALIBRATION]
-        keys = ("corrected_biases", "added_biases", "input_scales")
+        keys = ("corrected_biases", "added_biases", "input_scales", "measured_layers")
         return Changes(*(frozenset(map(str, entry.get(key, ()))) for key in keys))
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return Changes()

@@ -23,6 +23,8 @@ from lrq.report.stored import check_dimensions, check_values, read_tensors, same
 
 WORSE_THAN_NEAREST = 1.5
 """A layer with more than this times the error of round-to-nearest was not made from this source, or wrongly."""
+WORSE_WHEN_MEASURED = 4.0
+"""The same of a layer that was rounded under statistics of its inputs: its error is where they are small."""
 OUTLIER = 5.0
 """So was one that has neighbouring weights with more than this times what is expected of them: learned rounding leaves
 less than 4 times on real models."""
@@ -85,16 +87,17 @@ def verify_file(
             result.failures += [f"header: the recorded settings do not fit the source: {error}"] if own else []
     if own and source is not None and plan is not None:
         result.failures += _as_planned(source, plan, markers)
+    changes = recorded_changes(output)
     rounding = {layer.name: layer.rounding(settings.rounding) for layer in plan.layers} if plan else {}
     for name, marker in markers.items():
+        expected = _Expected(rounding.get(name, settings.rounding), own, name in changes.measured)
         try:
-            layer = _check_layer(output, source, name, marker, rounding.get(name, settings.rounding), own)
+            layer = _check_layer(output, source, name, marker, expected)
         except ValueError as error:
             result.failures.append(f"layer {printable(name)}: {error}")
             continue
         result.layers.append(layer)
         on_layer(layer)
-    changes = recorded_changes(output)
     result.failures += check_changes(output, source, changes, markers.keys())
     if source is not None:
         result.failures += _kept_metadata(output, source)
@@ -153,8 +156,24 @@ def _unmarked(output: Reader, markers: comfyui.Markers) -> Iterator[str]:
             yield f"layer {printable(layer)}: has a scale but no marker; ComfyUI would load it unscaled"
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """How a layer was made, as far as that is recorded."""
+
+    rounding: Rounding
+    own: bool
+    """By this version."""
+    measured: bool
+    """With statistics of its inputs."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Codes and block scales follow statistics, which are not there now."""
+        return self.measured and not self.rounding.simple
+
+
 def _check_layer(
-    output: Reader, source: Reader | None, name: str, marker: dict[str, Any], rounding: Rounding, own: bool
+    output: Reader, source: Reader | None, name: str, marker: dict[str, Any], expected: _Expected
 ) -> LayerReport:
     entries = {suffix: output.entries.get(f"{name}.{suffix}") for suffix in comfyui.STORED}
     shapes = {suffix: entry.shape for suffix, entry in entries.items() if entry is not None}
@@ -179,30 +198,35 @@ def _check_layer(
     if original is None or source is None:
         return LayerReport(name, fmt.name, shape, None)
     w = source.read(original.name)
-    error = measure(fmt, tensors, w, rounding)
+    error = measure(fmt, tensors, w, expected.rounding)
     # The scale search gives up plain error for less error along the weight: in a few blocks that may be much.
     allowed = max(error.nearest_plain, error.searched_plain)
-    if error.plain > WORSE_THAN_NEAREST**2 * allowed:
+    limit = WORSE_WHEN_MEASURED if expected.calibrated else WORSE_THAN_NEAREST
+    if error.plain > limit**2 * allowed:
         raise ValueError(
             f"{fmt.name}: relative error {error.frobenius:.4g} is {error.frobenius_ratio:.3g} times that of "
             "round-to-nearest; it was not made from this weight, or wrongly"
         )
-    if error.outlier > OUTLIER:
+    if error.outlier > OUTLIER and not expected.calibrated:
         raise ValueError(
             f"{fmt.name}: {GROUP} neighbouring weights have {error.outlier:.3g} times the error expected of them; "
             "some bytes are not those that were written"
         )
-    if own:
-        _check_own(fmt, tensors, w, rounding)
+    if expected.own:
+        _check_own(fmt, tensors, w, expected)
     return LayerReport(name, fmt.name, shape, error)
 
 
-def _check_own(fmt: Format, tensors: Tensors, w: torch.Tensor, rounding: Rounding) -> None:
-    """What this version writes follows from the weight to the bit, but for the codes that learned rounding moves."""
+def _check_own(fmt: Format, tensors: Tensors, w: torch.Tensor, how: _Expected) -> None:
+    """What this version writes follows from the weight to the bit, but for what learned rounding moves."""
+    rounding = how.rounding
+    moved = set() if rounding.simple else {"weight"}
+    if how.calibrated and fmt.has_scale_search and rounding.scale_search:
+        moved.add("weight_scale")
     single = w.float() if w.dtype == torch.float64 else w
     expected = fmt.quantize(single, rounding.coherence if rounding.scale_search else None)
     for suffix, tensor in expected.items():
-        if (suffix != "weight" or rounding.simple) and not same_bytes(tensors[suffix], tensor):
+        if suffix not in moved and not same_bytes(tensors[suffix], tensor):
             raise ValueError(f"{suffix} is not what the recorded settings give for the source's weight")
 
 

@@ -41,17 +41,20 @@ def gptq(problem: Problem, rounding: Rounding) -> Solution:
     # All matrices have the same inputs, and rows don't know of each other.
     weight = problem.weight.flatten(0, 1)[:, order].mT.contiguous()
     run = _Run(problem.grid.on(weight.device), weight, problem.metric.right[0][order])
-    scale = _with_given_scales(run, problem, order) if problem.ladder is None else _with_best_scales(run, problem, order)
+    scale = (
+        _with_given_scales(run, problem, order) if problem.ladder is None else _with_best_scales(run, problem, order)
+    )
     values = run.values[order.argsort()].mT.reshape(count, rows, columns)
     return Solution(values, [1] * count, ["all columns rounded"] * count, scale)
 
 
-def _with_given_scales(run: _Run, problem: Problem, order: Tensor) -> None:
+def _with_given_scales(run: _Run, problem: Problem, order: Tensor) -> Tensor:
     columns = len(order)
     each = problem.spread_scale().expand(problem.weight.shape).flatten(0, 1).mT
     for begin in range(0, columns, OUTER):
         part = slice(begin, min(begin + OUTER, columns))
         run.advance(part, [one[:, None] for one in each[order[part]].split(INNER)])
+    return problem.scale
 
 
 def _with_best_scales(run: _Run, problem: Problem, order: Tensor) -> Tensor:

@@ -46,6 +46,11 @@ class Outcome:
     objective_after: float
 
 
+def solver_of(rounding: Rounding, measured: bool) -> str:
+    """Key of :data:`SOLVERS`; ``measured`` says whether second moments across inputs are known."""
+    return rounding.optimizer or ("gptq" if measured else "discrete")
+
+
 def layer_seed(seed: int, name: str) -> int:
     """Seed of a layer: bytes do not depend on the order in which layers are converted."""
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
@@ -115,7 +120,7 @@ def problem_of(
 
 def _measured_metric(moments: Moments, count: int, block: int, rounding: Rounding) -> Metric:
     """The metric of statistics that the solver can use, for ``count`` matrices whose scales have ``block`` columns."""
-    if rounding.solver(moments.correlated) != "gptq":
+    if solver_of(rounding, moments.correlated) != "gptq":
         return moment_metric(moments, count, rounding)
     h = moments.matrix()
     return sequential_metric(h, count, falling_order(h.diagonal(), block))
@@ -132,7 +137,7 @@ def learn(problem: Problem, rounding: Rounding) -> tuple[Solution, list[Outcome]
 
     |E| is within :data:`FROBENIUS_LIMIT`, unless the metric is measured.
     """
-    solve = SOLVERS[rounding.solver(problem.metric.order is not None)]
+    solve = SOLVERS[solver_of(rounding, problem.metric.order is not None)]
     solution = solve(problem, rounding)
     if problem.metric.limits_plain:
         solution = _within_limit(problem, rounding, solve, solution)

@@ -10,13 +10,18 @@ from lrq.checkpoint.header import tensor_size
 from lrq.checkpoint.reader import CODES
 from lrq.config import Rounding
 from lrq.formats import Format, Shape
+from lrq.rounding.solve import solver_of
 from lrq.selection.layer import Layer
 
-LEARNING = {"discrete": 19, "coordinate_descent": 28}
+LEARNING = {"discrete": 19, "coordinate_descent": 28, "gptq": 40}
 RELAXING = 48
 """Bytes that learned rounding holds of a weight, by solver, as measured; the eigenvectors come on top."""
 EIGENVECTORS = 8
 """Bytes of an element of the smaller side's Gram matrix, for its eigenvectors."""
+SECOND_MOMENTS = 40
+"""Bytes of an element of E[xx'], while it is factored in float64."""
+TRIED = 24 << 20
+"""Bytes of the blocks whose scales are tried at a time."""
 SMALL = 1 << 20
 """Bytes that every layer needs besides its tensors."""
 
@@ -80,8 +85,11 @@ class Tile:
         widened += absorbing
         if self.layer.rounding(rounding).simple:
             return widened + SMALL
-        learning = LEARNING.get(rounding.optimizer, RELAXING) * math.prod(self.shape)
+        solver = solver_of(self.layer.rounding(rounding), measured=self.layer.statistics_size > 0)
+        learning = LEARNING.get(solver, RELAXING) * math.prod(self.shape)
         vectors = EIGENVECTORS * min(rows, columns) ** 2 * math.prod(self.shape[:-2])
+        if self.layer.statistics_size:
+            vectors += SECOND_MOMENTS * columns**2 + TRIED
         return widened + learning + vectors + SMALL
 
     def need(self, rounding: Rounding) -> int:
