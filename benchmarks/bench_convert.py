@@ -58,10 +58,11 @@ def launched(command: list[str]) -> dict:
     if found.pop("code"):
         raise SystemExit(f"{' '.join(command)}:\n{said}")
     run = re.search(r" in ([\d.]+) s\n", said)
-    predicted = re.search(r"predicted ([\d.]+) (MB|GB)", said)
-    if run and predicted:
+    memory = re.search(r"peak memory ([\d.]+) (MB|GB), predicted ([\d.]+) (MB|GB)", said)
+    if run and memory:
         found["run_s"] = float(run[1])
-        found["predicted_bytes"] = float(predicted[1]) * {"MB": 1e6, "GB": 1e9}[predicted[2]]
+        for name, value, unit in (("stated", *memory.group(1, 2)), ("predicted", *memory.group(3, 4))):
+            found[f"{name}_bytes"] = float(value) * {"MB": 1e6, "GB": 1e9}[unit]
     return found
 
 
@@ -162,6 +163,22 @@ def measured(name: str, source: Path, blocks: int, device: torch.device, ctq: st
     return row
 
 
+def learned(source: Path, device: torch.device) -> dict:
+    """Learned NVFP4: time, and the share of it in which the GPU was computing, from the first kernel to the last."""
+    output = source.with_name("out-learned.safetensors")
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
+    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as watch:
+        command = [sys.executable, "-m", "lrq.cli", "convert", "-i", str(source), "-o", str(output), "--nvfp4"]
+        run = launched([*command, "--device", device.type])
+        watch.terminate()
+        samples = [int(line) for line in watch.communicate()[0].split()]
+    output.unlink()
+    busy = [i for i, share in enumerate(samples) if share]
+    during = samples[busy[0] : busy[-1] + 1]
+    size = source.stat().st_size
+    return {"source_bytes": size, "busy_percent": sum(during) / len(during), **run, "gb_s": size / run["run_s"] / 1e9}
+
+
 def show(row: dict) -> None:
     stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in row["stages_s"].items())
     print(
@@ -184,18 +201,29 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp"))
     parser.add_argument("--formats", nargs="+", default=list(FLAGS), choices=list(FLAGS))
     parser.add_argument("--ctq", help="the command convert_to_quant of convert-to-quant")
+    parser.add_argument("--learned", type=int, default=0, help="blocks of a learned conversion, too; on a GPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
     source = write_flux_like(args.folder / f"flux-like-{args.blocks}.safetensors", args.blocks)
     try:
+        # Libraries come from the disk only once.
+        launched([sys.executable, "-m", "lrq.cli", "plan", str(source), "--device", device.type])
         rows = [measured(name, source, args.blocks, device, args.ctq) for name in args.formats]
     finally:
         source.unlink()
     for row in rows:
         show(row)
+    results = {"machine": machine(device), "results": rows}
+    if args.learned:
+        source = write_flux_like(args.folder / f"flux-like-{args.learned}.safetensors", args.learned)
+        try:
+            found = results["learned"] = learned(source, device)
+        finally:
+            source.unlink()
+        print(f"learned nvfp4: {found['gb_s']:.2f} GB/s, the GPU computed {found['busy_percent']:.0f} % of the time")
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(device), "results": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Learned rounding on synthetic layers: error against round-to-nearest with amax scales, and time.
 
     python benchmarks/bench_rounding.py [--sizes 512x768] [--json FILE]           quality, any device
-    python benchmarks/bench_rounding.py --speed [--models FOLDER] [--json FILE]   speed, on a GPU
+    python benchmarks/bench_rounding.py --speed [--models FOLDER] [--json FILE]   speed, on a GPU; beside ctq if it can
+                                                                                  be imported (package convert_to_quant)
 
 Quality is measured in the exact top-k subspace (float64). ``low rank`` layers have singular values i^-0.8 of a quarter
 of the rank over Gaussian noise and an outlier column in 256, ``student`` layers Student-t weights with outlier columns.
@@ -60,14 +61,17 @@ class Judge:
         self.left, self.right, _ = leading_subspaces(self.exact / self.exact.abs().amax(), k)
         if rounding.projection == "input":
             self.left = None
-        self.nearest = self._errors(fmt.quantize(w, None))
+        self.nearest = self._errors(fmt.dequantize(fmt.quantize(w, None), tuple(w.shape)))
 
     def ratios(self, tensors: dict[str, Tensor]) -> tuple[float, float]:
-        projected, plain = self._errors(tensors)
+        return self.ratios_of(self.fmt.dequantize(tensors, tuple(self.exact.shape)))
+
+    def ratios_of(self, restored: Tensor) -> tuple[float, float]:
+        projected, plain = self._errors(restored)
         return projected / self.nearest[0], plain / self.nearest[1]
 
-    def _errors(self, tensors: dict[str, Tensor]) -> tuple[float, float]:
-        error = self.fmt.dequantize(tensors, tuple(self.exact.shape)).double() - self.exact
+    def _errors(self, restored: Tensor) -> tuple[float, float]:
+        error = restored.double() - self.exact
         projected = error @ self.right
         projected = projected if self.left is None else self.left.mT @ projected
         return projected.norm().item(), error.norm().item()
@@ -125,8 +129,10 @@ def speed(models: Path | None, device: torch.device) -> list[dict[str, object]]:
     for setting, rounding in SETTINGS.items():
         quantize_layer(nvfp4, big, rounding, 0)
         tell(f"3072x12288 nvfp4, {setting}", seconds(lambda r=rounding: quantize_layer(nvfp4, big, r, 0), device))
-        metric = seconds(lambda r=rounding: weight_metric(big.float()[None], r), device)
+        metric = seconds(lambda r=rounding: weight_metric(big.float()[None], r, 3.0), device)
         tell(f"  of it the subspace, {setting}", metric)
+        if setting != "default":
+            _beside_ctq(big, rounding, device, tell, rows)
     small = [low_rank(1024, 1024, generator) for _ in range(64)]
     quantize_layers(nvfp4, small, STRONG, 0)
     tell("64 x 1024x1024 together", seconds(lambda: quantize_layers(nvfp4, small, STRONG, 0), device))
@@ -142,6 +148,28 @@ def speed(models: Path | None, device: torch.device) -> list[dict[str, object]]:
         weights = flux_weights(models)
         tell(f"FLUX, {len(weights)} matrices", seconds(lambda: from_host_to_host(weights, device), device))
     return rows
+
+
+def _beside_ctq(
+    w: Tensor, rounding: Rounding, device: torch.device, tell: Callable[[str, float], None], rows: list
+) -> None:
+    """The same weight by convert-to-quant's defaults but for 1000 iterations, and both errors."""
+    judge = Judge(FORMATS["nvfp4"], w, rounding)
+    tensors, _ = quantize_layer(FORMATS["nvfp4"], w, rounding, 0)
+    found = {"lrq": judge.ratios(tensors)}
+    try:
+        from convert_to_quant.converters.learned_nvfp4 import LearnedNVFP4Converter
+    except ImportError as error:
+        print(f"ctq: {error}")
+        return
+    LearnedNVFP4Converter(num_iter=2, device=device.type).convert(w)
+    converter = LearnedNVFP4Converter(num_iter=1000, device=device.type)
+    made: list[tuple] = []
+    tell("  the same by ctq, 1000 iterations", seconds(lambda: made.append(converter.convert(w)), device))
+    found["ctq"] = judge.ratios_of(made[0][3][: w.shape[0], : w.shape[1]])
+    for who, (projected, frobenius) in found.items():
+        rows.append({"what": f"3072x12288 nvfp4 by {who}", "projected": projected, "frobenius": frobenius})
+        print(f"  error by {who}: projected {projected:.3f}, Frobenius {frobenius:.3f}", flush=True)
 
 
 def flux_weights(models: Path) -> list[Tensor]:

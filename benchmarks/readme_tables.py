@@ -103,27 +103,45 @@ def quality_table() -> str:
 
 
 def conversion_table() -> str:
-    """Time and peak memory of whole conversions, beside ctq and the slowest stage."""
+    """Speed and peak memory of whole conversions on a CPU, beside ctq and the slowest stage."""
     results = _read("convert-cpu")
     rows, machine = results["results"], results["machine"]
-    size = rows[0]["source_bytes"] / 1e9
     where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}"
     lines = [
-        f"{where}: a bf16 file of",
-        f"{size:.2f} GB with FLUX's shapes, `--simple --comfy_quant`, whole processes (`benchmarks/bench_convert.py`).",
+        f"{where}: a bf16 file of {rows[0]['source_bytes'] / 1e9:.2f} GB",
+        "with FLUX's shapes, `--simple --comfy_quant`, whole processes (`benchmarks/bench_convert.py`).",
         "",
-        "| | time | convert-to-quant | peak memory | predicted | convert-to-quant | of the slowest stage alone |",
-        "|---|---|---|---|---|---|---|",
+        "| | times as fast as convert-to-quant | peak memory, predicted | of convert-to-quant's | "
+        "of the slowest stage's speed |",
+        "|---|---|---|---|---|",
     ]
     for row in rows:
-        peer = row["ctq"]
+        memory = f"{row['peak_bytes'] / 1e6:.0f} MB, {row['predicted_bytes'] / 1e6:.0f} MB"
         share = f"{100 * row['share_of_slowest']:.0f} % ({row['slowest']})"
-        times = f"{row['process_s']:.1f} s | {peer['process_s']:.1f} s ({row['times_ctq']:.1f}×)"
-        memory = f"{row['peak_bytes'] / 1e6:.0f} MB | {row['predicted_bytes'] / 1e6:.0f} MB"
         lines.append(
-            f"| {FORMATS[row['format']]} | {times} | {memory} | {peer['peak_bytes'] / 1e6:.0f} MB "
-            f"({100 * row['memory_of_ctq']:.0f} %) | {share} |"
+            f"| {FORMATS[row['format']]} | {row['times_ctq']:.1f} | {memory} | "
+            f"{100 * row['memory_of_ctq']:.0f} % | {share} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def gpu_conversion_table() -> str:
+    """Throughput of whole conversions on a GPU, and the share of the slowest stage's speed."""
+    results = _read("convert-h200")
+    rows, machine = results["results"], results["machine"]
+    where = f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}"
+    lines = [
+        f"{where}: {rows[0]['source_bytes'] / 1e9:.0f} GB of bf16 with FLUX's shapes,",
+        "from and to memory (tmpfs), `--simple --comfy_quant`, start of CUDA included.",
+        "",
+        "| | time | throughput | of the slowest stage's speed | peak memory, predicted |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = f"{100 * row['share_of_slowest']:.0f} % ({row['slowest']})"
+        memory = f"{row['peak_bytes'] / 1e6:.0f} MB, {row['predicted_bytes'] / 1e6:.0f} MB"
+        cells = [f"{row['run_s']:.1f} s", f"{row['gb_s']:.1f} GB/s", share, memory]
+        lines.append(f"| {FORMATS[row['format']]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -143,6 +161,7 @@ def budget_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "conversions": conversion_table,
+    "GPU conversions": gpu_conversion_table,
     "quality": quality_table,
     "budget": budget_table,
     "GPU kernels": kernel_table,

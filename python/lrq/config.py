@@ -107,8 +107,7 @@ class Rounding:
     lr: float = _setting(0.05, "Learning rate of a relaxation, in steps of the grid.", minimum=0.0, maximum=1e6)
     lr_schedule: str = _setting(
         "adaptive",
-        "How the learning rate changes: with the success of each iteration, by a constant factor, or when the error "
-        "no longer falls.",
+        "How the learning rate changes: with each iteration's success, by a constant factor, or when it stalls.",
         choices=("adaptive", "exponential", "plateau"),
     )
     top_p: float = _setting(
@@ -119,12 +118,20 @@ class Rounding:
     projection: str = _setting(
         "input", "Sides whose leading directions count extra: the inputs', or both.", choices=("input", "both")
     )
-    plain_weight: float = _setting(3.0, "λ, the weight of the plain error.", minimum=0.0, maximum=1e6)
+    plain_weight: float | None = _setting(
+        None,
+        "λ, the weight of the plain error [default: 3; 1 for FP8 and MXFP8, 10 for INT8 by row].",
+        minimum=0.0,
+        maximum=1e6,
+    )
     spectrum: float | None = _setting(
         None,
         "p: an input direction of singular value σ counts as σ^p [default: 1, or 0 with --projection both].",
         minimum=0.0,
         maximum=8.0,
+    )
+    scale_rounds: int = _setting(
+        0, "Rounds of block scales (NVFP4, MXFP8) for the chosen codes, and codes again; for both sides.", minimum=0
     )
 
     @property
@@ -201,10 +208,7 @@ class Calibration:
     add_bias: bool = _setting(False, "Give layers without a bias one that holds the correction.")
     actcal: bool = _setting(False, "Write input_scale of FP8 and NVFP4 layers, from the statistics of --calib.")
     actcal_percentile: float = _setting(
-        100.0,
-        "Share of the inputs' magnitudes, in percent, that must not clip; 100: the largest.",
-        minimum=50.0,
-        maximum=100.0,
+        100.0, "Percent of the inputs' magnitudes that must not clip; 100: the largest.", minimum=50.0, maximum=100.0
     )
     input_scales: str | None = _setting(
         None, "Take input_scale from this JSON file or checkpoint; wins over --actcal.", metavar="FILE"
@@ -220,11 +224,10 @@ class Calibration:
 
 
 _OF_SEARCH = ("scale_search", "coherence")
-_RELAXATIONS = ("original", "adamw", "radam")
-_OF_RELAXATION = ("lr", "lr_schedule")
+_RELAXATIONS, _OF_RELAXATION = ("original", "adamw", "radam"), ("lr", "lr_schedule")
 _OF_LEARNING = (
     *("optimizer", "num_iter", *_OF_RELAXATION, "top_p", "min_k", "max_k"),
-    *("projection", "plain_weight", "spectrum", "seed"),
+    *("projection", "plain_weight", "spectrum", "scale_rounds", "seed"),
 )
 
 
@@ -240,12 +243,10 @@ class Conversion:
 
     def check(self) -> None:
         """Raise :class:`InputError` for values or combinations that have no meaning."""
-        for part in (self.storage, self.rounding, self.selection, self.calibration, self):
+        for part in (self.storage, self.rounding, self.selection, self.calibration):
             check_ranges(part)
-        self.storage.check()
-        self.rounding.check()
-        self.selection.check()
-        self.calibration.check()
+            part.check()
+        check_ranges(self)
         if self.rounding.optimizer == "gptq" and self.calibration.calib is None:
             raise InputError("--optimizer gptq: needs the statistics of --calib; lrq calibrate makes them")
         other = replace(self.storage, nvfp4=False, full_precision_matrix_mult=False) != Storage()
@@ -263,11 +264,11 @@ class Conversion:
         default = Conversion().settings()
         changed = {name for name, value in self.settings().items() if value != default[name]}
         family = self.storage.family
-        searches, chosen = family in ("nvfp4", "mxfp8"), self.rounding.optimizer or "discrete"
+        searches, solver = family in ("nvfp4", "mxfp8"), self.rounding.optimizer or "discrete"
         reasons = {
             **({} if searches else dict.fromkeys(_OF_SEARCH, f"{family.upper()} has no block scales to search")),
             **({"coherence": "--scale_search off"} if searches and not self.rounding.scale_search else {}),
-            **({} if chosen in _RELAXATIONS else dict.fromkeys(_OF_RELAXATION, f"--optimizer {chosen}")),
+            **({} if solver in _RELAXATIONS else dict.fromkeys(_OF_RELAXATION, f"--optimizer {solver}")),
             **(dict.fromkeys(_OF_LEARNING, "--simple") if self.rounding.simple else {}),
             **({"bias_correction": "there is no --calib"} if self.calibration.calib is None else {}),
             **({} if self.calibration.actcal else {"actcal_percentile": "there is no --actcal"}),

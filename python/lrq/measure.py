@@ -64,10 +64,10 @@ def measure_layers(source: Reader, conversion: Conversion, device: torch.device)
         reasons = out_of_line(formats.items(), read)
         changed = {name: {"skip": True, "_why": why} for name, why in reasons.items()}
     if selection.max_error is not None:
-        for name, fmt in formats.items():
-            wider = None if name in changed else widen(fmt, read(name), selection.max_error)
+        for layer in (layer for layer in plan.layers if layer.name in formats and layer.name not in changed):
+            wider = widen(layer, read(layer.name), selection.max_error)
             if wider is not None:
-                changed[name] = wider
+                changed[layer.name] = wider
     if selection.target_bits is not None:
         layers = [layer for layer in plan.layers if layer.name not in changed]
         wide = make_plan(source, _with_family(conversion, nvfp4=False), allow_empty=True)

@@ -28,8 +28,10 @@ class Format(ABC):
     grid: ClassVar[Grid]
     has_scale_search: ClassVar[bool] = False
     """Whether :meth:`quantize` can search block scales."""
+    last_scale: ClassVar[int] = 0
+    """The largest code of a block scale, of a format with a scale search."""
     scale_reach: ClassVar[range] = range(0)
-    """Representable scales that are tried under statistics of the inputs, counted from the block's own."""
+    """Codes of block scales that are tried under statistics of the inputs, counted from the block's own."""
 
     tile_rows: ClassVar[int] = 1
     """Rows of a part of a weight that is quantized by itself come in multiples of this."""
@@ -48,6 +50,11 @@ class Format(ABC):
     def loader(self) -> str:
         """Who loads the file."""
         return STOCK
+
+    @property
+    def plain_weight(self) -> float:
+        """λ of learned rounding by default, chosen by the output of real models."""
+        return 3.0
 
     def refusal(self, shape: Shape) -> str | None:
         """Why a weight of this shape can't be stored, or None."""
@@ -85,16 +92,17 @@ class Format(ABC):
     def with_codes(self, tensors: Tensors, values: Tensor) -> Tensors:
         """The same scales with other grid values [..,N,K]."""
 
-    def rungs(self, tensors: Tensors) -> Tensor:
-        """The scales that a block can take, rising, float32 [L], or [E,L] where the matrices of a bank differ.
+    def scale_codes(self, tensors: Tensors, shape: Shape) -> Tensor:
+        """Codes of the block scales, int32 [..,N,blocks], of a format with a scale search; 0 is a scale of zero."""
+        raise NotImplementedError
 
-        The first is 0, that of a block of zeros. Only where :attr:`has_scale_search`.
-        """
-        raise NotImplementedError(f"{self.name} has no block scales to choose")
+    def scales_of(self, codes: Tensor, tensors: Tensors) -> Tensor:
+        """What the codes of block scales stand for, float32; a larger code is a larger scale."""
+        raise NotImplementedError
 
-    def with_rungs(self, tensors: Tensors, index: Tensor) -> Tensors:
-        """The same codes with the scales of other rungs, int64 [..,N,blocks of a row]."""
-        raise NotImplementedError(f"{self.name} has no block scales to choose")
+    def with_scale_codes(self, tensors: Tensors, codes: Tensor) -> Tensors:
+        """The same grid values with other block scales."""
+        raise NotImplementedError
 
     @classmethod
     @abstractmethod

@@ -27,6 +27,10 @@ class Fp8(Scaled):
         return "fp8" if self.scaling == "tensor" else f"fp8-{self.scaling}"
 
     @property
+    def plain_weight(self) -> float:
+        return 1.0
+
+    @property
     def loader(self) -> str:
         return loader_of(("tensor",), self.scaling)
 

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 import lrq_kernels
 from lrq.formats.format import Format, Shape, Tensors
 from lrq.formats.grid import E4M3, Grid
-from lrq_kernels.minifloat import LAST_EXPONENT, encode_e4m3, power_of_two
+from lrq_kernels.minifloat import encode_e4m3, power_of_two
 
 BLOCK = 32
 
@@ -25,11 +25,16 @@ class Mxfp8(Format):
     grid: ClassVar[Grid] = E4M3
     tile_rows: ClassVar[int] = 128
     has_scale_search: ClassVar[bool] = True
+    last_scale: ClassVar[int] = 254
     scale_reach: ClassVar[range] = range(-2, 2)
 
     @property
     def name(self) -> str:
         return "mxfp8"
+
+    @property
+    def plain_weight(self) -> float:
+        return 1.0
 
     def block_shape(self, shape: Shape) -> tuple[int, int]:
         return 1, BLOCK
@@ -54,14 +59,19 @@ class Mxfp8(Format):
         missing = (0, stored.shape[-1] - values.shape[-1], 0, stored.shape[-2] - values.shape[-2])
         return {**tensors, "weight": encode_e4m3(pad(values, missing))}
 
-    def rungs(self, tensors: Tensors) -> Tensor:
-        exponents = torch.arange(LAST_EXPONENT + 1, device=tensors["weight"].device)
-        return power_of_two(exponents).masked_fill(exponents == 0, 0.0)
-
-    def with_rungs(self, tensors: Tensors, index: Tensor) -> Tensors:
+    def scale_codes(self, tensors: Tensors, shape: Shape) -> Tensor:
+        rows, columns = shape[-2:]
         stored = tensors["weight"]
-        missing = (0, stored.shape[-1] // BLOCK - index.shape[-1], 0, stored.shape[-2] - index.shape[-2])
-        return {**tensors, "weight_scale": lrq_kernels.swizzle_scales(pad(index.to(torch.uint8), missing))}
+        exponents = lrq_kernels.unswizzle_scales(tensors["weight_scale"], stored.shape[-2], stored.shape[-1] // BLOCK)
+        return exponents[..., :rows, : -(-columns // BLOCK)].int()
+
+    def scales_of(self, codes: Tensor, tensors: Tensors) -> Tensor:
+        return power_of_two(codes).masked_fill(codes == 0, 0.0)
+
+    def with_scale_codes(self, tensors: Tensors, codes: Tensor) -> Tensors:
+        stored = tensors["weight"]
+        missing = (0, stored.shape[-1] // BLOCK - codes.shape[-1], 0, stored.shape[-2] - codes.shape[-2])
+        return {**tensors, "weight_scale": lrq_kernels.swizzle_scales(pad(codes.to(torch.uint8), missing))}
 
     @classmethod
     def read(cls, marker: dict[str, Any], tensors: dict[str, Shape]) -> Mxfp8:

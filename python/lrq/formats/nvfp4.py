@@ -15,8 +15,6 @@ from lrq.formats.grid import E2M1, Grid
 from lrq_kernels.minifloat import decode_e2m1, decode_e4m3, encode_e2m1
 
 BLOCK = 16
-SCALES = 127
-"""E4M3 values from 0 to 448, by their code."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,7 @@ class Nvfp4(Format):
     grid: ClassVar[Grid] = E2M1
     tile_rows: ClassVar[int] = 128
     has_scale_search: ClassVar[bool] = True
+    last_scale: ClassVar[int] = 126
     scale_reach: ClassVar[range] = range(-8, 7)
 
     @property
@@ -61,14 +60,19 @@ class Nvfp4(Format):
         missing = (0, stored.shape[-1] * 2 - values.shape[-1], 0, stored.shape[-2] - values.shape[-2])
         return {**tensors, "weight": lrq_kernels.pack_fp4(pad(encode_e2m1(values), missing))}
 
-    def rungs(self, tensors: Tensors) -> Tensor:
-        outer = tensors["weight_scale_2"]
-        return outer[..., None] * decode_e4m3(torch.arange(SCALES, device=outer.device))
-
-    def with_rungs(self, tensors: Tensors, index: Tensor) -> Tensors:
+    def scale_codes(self, tensors: Tensors, shape: Shape) -> Tensor:
+        rows, columns = shape[-2:]
         stored = tensors["weight"]
-        missing = (0, stored.shape[-1] * 2 // BLOCK - index.shape[-1], 0, stored.shape[-2] - index.shape[-2])
-        scales = pad(index.to(torch.uint8), missing).view(torch.float8_e4m3fn)
+        scales = lrq_kernels.unswizzle_scales(tensors["weight_scale"], stored.shape[-2], stored.shape[-1] * 2 // BLOCK)
+        return scales.view(torch.uint8)[..., :rows, : -(-columns // BLOCK)].int()
+
+    def scales_of(self, codes: Tensor, tensors: Tensors) -> Tensor:
+        return tensors["weight_scale_2"][..., None, None] * decode_e4m3(codes)
+
+    def with_scale_codes(self, tensors: Tensors, codes: Tensor) -> Tensors:
+        stored = tensors["weight"]
+        missing = (0, stored.shape[-1] * 2 // BLOCK - codes.shape[-1], 0, stored.shape[-2] - codes.shape[-2])
+        scales = pad(codes.to(torch.uint8), missing).view(torch.float8_e4m3fn)
         return {**tensors, "weight_scale": lrq_kernels.swizzle_scales(scales)}
 
     @classmethod

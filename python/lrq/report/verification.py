@@ -220,13 +220,12 @@ def _check_layer(
 def _check_own(fmt: Format, tensors: Tensors, w: torch.Tensor, how: _Expected) -> None:
     """What this version writes follows from the weight to the bit, but for what learned rounding moves."""
     rounding = how.rounding
-    moved = set() if rounding.simple else {"weight"}
-    if how.calibrated and fmt.has_scale_search and rounding.scale_search:
-        moved.add("weight_scale")
     single = w.float() if w.dtype == torch.float64 else w
     expected = fmt.quantize(single, rounding.coherence if rounding.scale_search else None)
+    chosen = rounding.scale_rounds or (how.calibrated and rounding.scale_search)
+    learned = () if rounding.simple else ("weight", "weight_scale") if chosen and fmt.has_scale_search else ("weight",)
     for suffix, tensor in expected.items():
-        if suffix not in moved and not same_bytes(tensors[suffix], tensor):
+        if suffix not in learned and not same_bytes(tensors[suffix], tensor):
             raise ValueError(f"{suffix} is not what the recorded settings give for the source's weight")
 
 

@@ -18,7 +18,7 @@ SHARE = 0.1
 GROWTH, DECAY = 1.25, 0.5
 CHECK = 16
 """Steps between two looks at whether the objective still falls."""
-RELATIVE_GAIN = 1e-4
+RELATIVE_GAIN = 1e-3
 """A matrix is at rest if its objective fell by less than this share in :data:`CHECK` steps."""
 
 

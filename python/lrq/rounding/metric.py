@@ -12,6 +12,8 @@ from lrq.config import Rounding
 
 ALIGNMENT = 64
 """A GPU gets zero directions up to a multiple of this: products of rows that no 16 bytes divide are slow."""
+LEAST_VALUE = 1e-2
+"""Singular values below this share of the largest may leave too few digits to a direction of the other side."""
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def leading_subspace(w: Tensor, count: int) -> tuple[Tensor, Tensor]:
     left, right, values = _leading(w, count)
     if right is None:
         assert left is not None
-        right = _other_side(w.mT, left)
+        right = _other_side(w.mT, left, values)
     return right, values
 
 
@@ -100,8 +102,8 @@ def leading_subspaces(w: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     left, right, values = _leading(w, count)
     if right is None:
         assert left is not None
-        return left, _other_side(w.mT, left), values
-    return _other_side(w, right), right, values
+        return left, _other_side(w.mT, left, values), values
+    return _other_side(w, right, values), right, values
 
 
 def _leading(w: Tensor, count: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -112,9 +114,15 @@ def _leading(w: Tensor, count: int) -> tuple[Tensor | None, Tensor | None, Tenso
     return (None, vectors, values) if tall else (vectors, None, values)
 
 
-def _other_side(w: Tensor, vectors: Tensor) -> Tensor:
-    # W'u has length σ: QR makes the directions of tiny σ, whose lengths are noise, orthonormal as well.
-    return torch.linalg.qr(w @ vectors).Q
+def _other_side(w: Tensor, vectors: Tensor, values: Tensor) -> Tensor:
+    # W'u has length σ and is orthogonal to the others but for noise, which one step of Cholesky QR takes away by
+    # products alone. Where σ is tiny only noise is left: there Householder's QR makes directions of it.
+    across = w @ vectors
+    if not bool((values > LEAST_VALUE * values.amax(-1, keepdim=True)).all()):
+        return torch.linalg.qr(across).Q
+    across = across / values[..., None, :]
+    factor = torch.linalg.cholesky(across.mT @ across)
+    return torch.linalg.solve_triangular(factor.mT, across, upper=True, left=False)
 
 
 def subspace_size(shape: tuple[int, ...], top_p: float, min_k: int, max_k: int) -> int:
@@ -123,11 +131,12 @@ def subspace_size(shape: tuple[int, ...], top_p: float, min_k: int, max_k: int) 
     return max(1, min(max(int(top_p * smaller), min_k), max_k, smaller))
 
 
-def weight_metric(w: Tensor, rounding: Rounding) -> Metric:
+def weight_metric(w: Tensor, rounding: Rounding, plain_weight: float) -> Metric:
     """The metric of weights [B,N,K] by their own leading directions; ``rounding.projection`` names the sides.
 
     The largest weight is near 1, for the float32 range of the Gram matrix. An input direction of singular value σ
-    counts as ``σ^spectrum``, scaled so that the mean square of these is 1.
+    counts as ``σ^spectrum``, scaled so that the mean square of these is 1. ``plain_weight`` is λ where ``rounding``
+    has none.
     """
     k = subspace_size(tuple(w.shape), rounding.top_p, rounding.min_k, rounding.max_k)
     left = None
@@ -137,6 +146,6 @@ def weight_metric(w: Tensor, rounding: Rounding) -> Metric:
         right, values = leading_subspace(w, k)
     weights = values.pow(rounding.direction_power)[:, None]
     norm = weights.square().mean(-1, keepdim=True).sqrt()
-    plain_weight = torch.full((len(w),), rounding.plain_weight, device=w.device)
+    plain = plain_weight if rounding.plain_weight is None else rounding.plain_weight
     right = aligned(right * torch.where(norm > 0, weights / norm, 1.0))
-    return Metric(right, plain_weight, None if left is None else aligned(left))
+    return Metric(right, torch.full((len(w),), plain, device=w.device), None if left is None else aligned(left))

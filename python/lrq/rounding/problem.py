@@ -31,6 +31,8 @@ class Problem:
     grid: Grid
     metric: Metric
     seed: int
+    unit: Tensor
+    """What stored scales are multiplied by to be :attr:`scale`: powers of two, float32 [B,1,1]."""
     ladder: Ladder | None = None
     """What scales could be as well; None: they are what they are."""
 
@@ -41,12 +43,15 @@ class Problem:
         scale = self.scale[:, index]
         return scale if scale.shape[2] == 1 else scale.repeat_interleave(self.block[1], 2)[..., :columns]
 
-    def errors(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """E = q·scale − W by rows, a part at a time: whole, it would take as much memory as the weight."""
+    def parts(self) -> Iterator[slice]:
+        """Some rows after the other, of :data:`CHUNK` weights."""
         count, rows, columns = self.weight.shape
         step = max(1, CHUNK // (count * columns))
-        for first in range(0, rows, step):
-            part = slice(first, first + step)
+        yield from (slice(first, first + step) for first in range(0, rows, step))
+
+    def errors(self, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """E = q·scale − W by rows, a part at a time: whole, it would take as much memory as the weight."""
+        for part in self.parts():
             yield part, (values[:, part].float() * self.spread_scale(part)).sub_(self.weight[:, part])
 
     def error(self, values: Tensor) -> Tensor:
@@ -67,16 +72,15 @@ class Problem:
             total += sum_of_squares(error)
         return total
 
-    def objective(self, values: Tensor) -> Tensor:
-        """``|U'EV|^2 + λ|E|^2``, float64 [B]."""
-        return sum_of_squares(self.projected(values)) + self.metric.plain_weight * self.plain(values)
+    def objective(self, values: Tensor, plain: Tensor | None = None) -> Tensor:
+        """``|U'EV|^2 + λ|E|^2``, float64 [B]; ``plain`` is ``|E|^2`` if that is known."""
+        plain = self.plain(values) if plain is None else plain
+        return sum_of_squares(self.projected(values)) + self.metric.plain_weight * plain
 
     def restarted(self) -> Problem:
         """The same with the codes nearest under its scales for a start."""
         start = torch.empty_like(self.start)
-        rows = max(1, CHUNK // (self.weight.shape[0] * self.weight.shape[2]))
-        for begin in range(0, self.weight.shape[1], rows):
-            part = slice(begin, begin + rows)
+        for part in self.parts():
             scale = self.spread_scale(part)
             quotient = torch.where(scale > 0, self.weight[:, part] / scale, 0.0)
             start[:, part] = self.grid.nearest(quotient).bfloat16()
@@ -84,7 +88,7 @@ class Problem:
 
     def select(self, index: Tensor) -> Problem:
         """Some matrices of the batch."""
-        parts = {name: getattr(self, name)[index] for name in ("weight", "scale", "start")}
+        parts = {name: getattr(self, name)[index] for name in ("weight", "scale", "start", "unit")}
         ladder = None if self.ladder is None else self.ladder.select(index)
         return replace(self, **parts, metric=self.metric.select(index), ladder=ladder)
 
@@ -100,12 +104,6 @@ class Solution:
     """Why the solver stopped."""
     scale: Tensor | None = None
     """Of these values, as :attr:`Problem.scale`, where the solver chose them; None: the problem's."""
-
-
-def relative_error(problem: Problem, values: Tensor) -> Tensor:
-    """|E|/|E0| of every matrix, E0 the error of round-to-nearest with the same scales; 1 if that is zero."""
-    start = problem.plain(problem.start)
-    return torch.where(start > 0, (problem.plain(values) / start).sqrt(), 1.0)
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,10 +18,11 @@ from lrq.rounding.discrete import discrete
 from lrq.rounding.gptq import gptq
 from lrq.rounding.metric import Metric, weight_metric
 from lrq.rounding.moments import Moments, falling_order, moment_metric, sequential_metric
-from lrq.rounding.problem import Problem, Solution, relative_error
+from lrq.rounding.problem import Problem, Solution
 from lrq.rounding.relaxation import AdamW, Original, RAdam, Relaxation
+from lrq.rounding.scales import Solve, refine_scales
 
-SOLVERS: dict[str, Callable[[Problem, Rounding], Solution]] = {
+SOLVERS: dict[str, Solve] = {
     "discrete": discrete,
     "coordinate_descent": coordinate_descent,
     "original": Relaxation(Original),
@@ -44,6 +45,8 @@ class Outcome:
     objective_before: float
     """In units of the power of two above the largest weight."""
     objective_after: float
+    plain_weight: float
+    """λ, as raised for the limit of |E|."""
 
 
 def solver_of(rounding: Rounding, measured: bool) -> str:
@@ -71,10 +74,26 @@ def quantize_layer(
     shape = tuple(w.shape)
     problem = problem_of(fmt, w, tensors, rounding, seed, stats)
     solution, outcomes = learn(problem, rounding)
+    values = solution.values
     if problem.ladder is not None:
-        index = problem.ladder.index(problem.scale if solution.scale is None else solution.scale)
-        tensors = fmt.with_rungs(tensors, index.view(*shape[:-1], -1))
-    return fmt.with_codes(tensors, solution.values.view(shape).float()), outcomes
+        codes = problem.ladder.index(problem.scale if solution.scale is None else solution.scale)
+        tensors = fmt.with_scale_codes(tensors, codes.view(*shape[:-1], -1))
+    elif rounding.scale_rounds and fmt.has_scale_search and stats is None:
+        tensors, values, outcomes = _with_scales(fmt, tensors, problem, values, outcomes, rounding)
+    return fmt.with_codes(tensors, values.view(shape).float()), outcomes
+
+
+def _with_scales(
+    fmt: Format, tensors: Tensors, problem: Problem, values: Tensor, outcomes: list[Outcome], rounding: Rounding
+) -> tuple[Tensors, Tensor, list[Outcome]]:
+    """Scales and codes in turn, by the λ that keeps |E| within its limit."""
+    plain_weight = problem.metric.plain_weight.new_tensor([one.plain_weight for one in outcomes])
+    held = replace(problem, metric=replace(problem.metric, plain_weight=plain_weight))
+    most = FROBENIUS_LIMIT**2 * problem.plain(problem.start)
+    solve = SOLVERS[solver_of(rounding, measured=False)]
+    tensors, found, values = refine_scales(fmt, tensors, held, values, rounding, solve, most)
+    objective = replace(found, metric=problem.metric).objective(values).tolist()
+    return tensors, values, [replace(one, objective_after=f) for one, f in zip(outcomes, objective, strict=True)]
 
 
 def quantize_layers(
@@ -105,15 +124,18 @@ def problem_of(
     exponent = -torch.frexp(torch.maximum(high, -low)).exponent[:, None, None]
     prepared, compact = _times_power(prepared, exponent), _times_power(compact, exponent)
     start = start.bfloat16().view(prepared.shape)
+    unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
     if stats is None:
-        return Problem(prepared, compact, block, start, fmt.grid, weight_metric(prepared, rounding), seed)
+        metric = weight_metric(prepared, rounding, fmt.plain_weight)
+        return Problem(prepared, compact, block, start, fmt.grid, metric, seed, unit)
     moments = Moments(fmt, stats, w.device)
     searches = fmt.has_scale_search and rounding.scale_search
     metric = _measured_metric(moments, len(prepared), block[1] if searches else 1, rounding)
-    problem = Problem(prepared, compact, block, start, fmt.grid, metric, seed)
+    problem = Problem(prepared, compact, block, start, fmt.grid, metric, seed, unit)
     if not searches:
         return problem
-    ladder = Ladder(_times_power(fmt.rungs(tensors).expand(len(prepared), -1), exponent[:, 0]), fmt.scale_reach)
+    rungs = fmt.scales_of(torch.arange(fmt.last_scale + 1, device=w.device)[None], tensors).flatten(0, -2)
+    ladder = Ladder(_times_power(rungs.expand(len(prepared), -1), exponent[:, 0]), fmt.scale_reach)
     best = weighted_scales(prepared, compact, ladder, moments.second(), fmt.grid)
     return replace(problem, scale=best, ladder=ladder).restarted()
 
@@ -138,9 +160,9 @@ def learn(problem: Problem, rounding: Rounding) -> tuple[Solution, list[Outcome]
     |E| is within :data:`FROBENIUS_LIMIT`, unless the metric is measured.
     """
     solve = SOLVERS[solver_of(rounding, problem.metric.order is not None)]
-    solution = solve(problem, rounding)
+    solution, plain_weight = solve(problem, rounding), problem.metric.plain_weight
     if problem.metric.limits_plain:
-        solution = _within_limit(problem, rounding, solve, solution)
+        solution, plain_weight = _within_limit(problem, rounding, solve, solution)
     scale = problem.scale if solution.scale is None else solution.scale
     before = problem.objective(problem.start)
     after = replace(problem, scale=scale).objective(solution.values)
@@ -149,21 +171,20 @@ def learn(problem: Problem, rounding: Rounding) -> tuple[Solution, list[Outcome]
     values = torch.where(lost[:, None, None], problem.start, solution.values)
     scale = torch.where(lost[:, None, None], problem.scale, scale)
     least = torch.minimum(before, after).tolist()
-    pairs = zip(lost.tolist(), solution.stopped, strict=True)
-    stopped = ["nearest is best" if nearest else why for nearest, why in pairs]
-    outcomes = list(map(Outcome, solution.iterations, stopped, before.tolist(), least))
+    stopped = ["nearest is best" if i else why for i, why in zip(lost.tolist(), solution.stopped, strict=True)]
+    outcomes = list(map(Outcome, solution.iterations, stopped, before.tolist(), least, plain_weight.tolist()))
     return Solution(values, solution.iterations, stopped, scale), outcomes
 
 
-def _within_limit(
-    problem: Problem, rounding: Rounding, solve: Callable[[Problem, Rounding], Solution], solution: Solution
-) -> Solution:
+def _within_limit(problem: Problem, rounding: Rounding, solve: Solve, solution: Solution) -> tuple[Solution, Tensor]:
+    """The solution, found again with a larger λ where |E| is too large, and λ [B]."""
     values, iterations, stopped = solution.values, list(solution.iterations), list(solution.stopped)
     plain_weight = problem.metric.plain_weight.clone()
+    plain_before = problem.plain(problem.start)
     while True:
-        over = (relative_error(problem, values) > FROBENIUS_LIMIT).nonzero()[:, 0]
+        over = (problem.plain(values) > FROBENIUS_LIMIT**2 * plain_before).nonzero()[:, 0]
         if not len(over):
-            return Solution(values, iterations, stopped)
+            return Solution(values, iterations, stopped), plain_weight
         plain_weight[over] = 2 * plain_weight[over].clamp(min=0.05)
         metric = replace(problem.metric, plain_weight=plain_weight)
         again = solve(replace(problem, metric=metric).select(over), rounding)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrq.dialects import comfyui
 from lrq.formats import FORMATS, Format, Shape
+from lrq.selection.layer import Layer
 from lrq.selection.storage import spec_of
 
 TOO_SMALL = 1 << 16
@@ -45,15 +46,16 @@ def relative_error(fmt: Format, w: Tensor) -> float:
     return torch.linalg.vector_norm(error).item() / norm if norm > 0 else 0.0
 
 
-def widen(fmt: Format, w: Tensor, limit: float) -> dict[str, object] | None:
+def widen(layer: Layer, w: Tensor, limit: float) -> dict[str, object] | None:
     """The rule that stores a weight in the first wider format whose error is within the limit; None: this one's is."""
-    ladder = [fmt, *(wider for name, wider in WIDER if fmt.name == name)]
+    ladder = [layer.format, *(wider for name, wider in WIDER if layer.format.name == name)]
     reasons: list[str] = []
     for candidate in ladder:
         error = relative_error(candidate, w)
         if error <= limit:
             why = f"--max_error {limit:g}: {'; '.join(reasons)}"
-            return {**spec_of(candidate), "_why": why} if reasons else None
+            spec = spec_of(candidate, layer.full_precision, layer.simple)
+            return {**spec, "_why": why} if reasons else None
         reasons.append(f"{error:.4f} in {candidate.name}")
     return {"skip": True, "_why": f"--max_error {limit:g}: {'; '.join(reasons)}"}
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from damage import RAGGED, drop, failures, poke, replace, restate
 
-from checkpoints import FLAGS, by_hand, convert, load, normal, run, save, tampered
-from lrq import verify
+from checkpoints import FLAGS, by_hand, convert, load, normal, run, same_bytes, save, tampered
+from lrq import quantize, verify
 from lrq.formats import read_format
 
 
@@ -137,3 +137,13 @@ def test_a_marker_of_a_layer_that_came_quantized_must_be_the_sources(good, tmp_p
 
     bad = tampered(tmp_path / "out.safetensors", rotated)
     assert any(f"layer {layer}: came quantized, and its entry" in line for line in failures(bad, second))
+
+
+def test_scales_that_follow_the_codes_are_verified(tmp_path):
+    source = save(tmp_path / "in", {"a.weight": normal(64, 128), "b.weight": normal(64, 128)})
+    flags = {"nvfp4": True, "projection": "both", "plain_weight": 0.1, "scale_rounds": 2}
+    quantize(source, tmp_path / "out", **flags, device="cpu")
+    quantize(source, tmp_path / "fixed", **{**flags, "scale_rounds": 0}, device="cpu")
+    result = verify(tmp_path / "out", source)
+    assert result.ok, result.failures
+    assert not same_bytes(*(load(tmp_path / name).tensors["a.weight_scale"] for name in ("out", "fixed")))

@@ -50,7 +50,9 @@ def test_better_in_its_metric_and_frobenius_bounded(fmt: Format, w: Tensor) -> N
     assert outcome.objective_before == pytest.approx(before)
     assert outcome.objective_after == pytest.approx(after)
     assert after < before
-    assert sum_of_squares(problem.projected(values)) < 0.97 * sum_of_squares(problem.projected(problem.start))
+    # The more the plain error weighs, the less the projected one falls.
+    limit = 1 - 0.09 / max(3.0, fmt.plain_weight)
+    assert sum_of_squares(problem.projected(values)) < limit * sum_of_squares(problem.projected(problem.start))
     assert problem.error(values).norm() <= FROBENIUS_LIMIT * problem.error(problem.start).norm()
     assert torch.equal(fmt.grid.nearest(values.float()).bfloat16(), values)
     assert outcome.stopped == "converged"

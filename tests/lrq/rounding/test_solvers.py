@@ -12,7 +12,7 @@ from lrq.formats import FORMATS
 from lrq.formats.grid import E2M1, E4M3, INT8, Grid
 from lrq.rounding.metric import leading_subspaces, sum_of_squares
 from lrq.rounding.relaxation import SCHEDULES
-from lrq.rounding.solve import SOLVERS, learn, problem_of
+from lrq.rounding.solve import SOLVERS, learn, problem_of, quantize_layer
 from samples import low_rank
 
 BOTH = Rounding(projection="both", top_p=0.2, plain_weight=0.1, num_iter=300)
@@ -83,3 +83,24 @@ def test_settings_of_a_relaxation_have_no_effect_on_the_grid() -> None:
     changed = Conversion(rounding=Rounding(lr=0.1))
     assert changed.without_effect() == ["--lr has no effect: --optimizer discrete"]
     assert Conversion(rounding=Rounding(lr=0.1, optimizer="adamw")).without_effect() == []
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_scales_follow_the_codes_while_the_objective_falls(name: str) -> None:
+    fmt, w = FORMATS[name], low_rank(90, 200).bfloat16()
+    bank = torch.stack([w, w * 3e-20])
+    stored, objectives = {}, []
+    for rounds in (0, 1, 20):
+        rounding = replace(BOTH, scale_rounds=rounds)
+        stored[rounds], outcomes = quantize_layer(fmt, bank, rounding, 5)
+        error = fmt.dequantize(stored[rounds], tuple(bank.shape)).double() - bank.double()
+        problem = problem_of(fmt, bank, stored[rounds], rounding, 5)
+        # What is reported is the error of what is stored, of scales as well as codes.
+        assert [one.objective_after for one in outcomes] == pytest.approx(problem.objective(problem.start).tolist())
+        assert error.norm(dim=(1, 2)).isfinite().all()
+        objectives.append([one.objective_after for one in outcomes])
+    for before, after, last in zip(*objectives, strict=True):
+        assert before > after >= last
+    scales = [stored[rounds]["weight_scale"].view(torch.uint8) for rounds in (0, 1)]
+    # A neighbour of a power of two is far: few blocks of MXFP8 have a use for it.
+    assert (0 if name == "nvfp4" else -1) < (scales[0] != scales[1]).float().mean() < 0.5

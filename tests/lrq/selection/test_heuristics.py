@@ -97,3 +97,11 @@ def test_max_error_of_other_formats_leads_to_the_source(tmp_path, flags):
         run("convert", "-i", source, "-o", tmp_path / "out", *flags, "--simple", "--max_error", "0.004").exit_code == 0
     )
     assert load(tmp_path / "out").stated.keys() == {"b"} and lrq.verify(tmp_path / "out", source).ok
+
+
+def test_max_error_leaves_the_flags_of_a_layer(tmp_path):
+    source = save(tmp_path / "in", {"a.weight": normal(64, 64), "b.weight": torch.eye(64)})
+    flags = ("--nvfp4", "--full_precision_matrix_mult", "--simple", "--max_error", "0.05")
+    assert run("convert", "-i", source, "-o", tmp_path / "out", *flags).exit_code == 0
+    stated = load(tmp_path / "out").stated
+    assert stated["a"]["format"] == "mxfp8" and all(marker["full_precision_matrix_mult"] for marker in stated.values())
