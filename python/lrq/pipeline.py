@@ -21,6 +21,7 @@ from lrq.errors import InputError, printable
 from lrq.formats import Tensors
 from lrq.plan import Plan
 from lrq.repair.bias import OutputError, corrected, mean_shift, output_error
+from lrq.rounding.moments import Moments
 from lrq.rounding.solve import Outcome, layer_seed, quantize_layer
 from lrq.selection.inputs import Inputs
 from lrq.selection.layer import Layer
@@ -49,6 +50,8 @@ class LayerResult:
     """Whether its bias took the mean error."""
     output: OutputError | None = None
     """What the statistics of its inputs say of the outputs; None without them, and where an earlier run did it."""
+    statistics: str = ""
+    """Which statistics those are."""
 
 
 OnLayer = Callable[[LayerResult], None]
@@ -152,7 +155,11 @@ def _run_layer(
         errors += [] if error is None else [error]
     output = sum(errors[1:], errors[0]) if errors else None
     underway.result = replace(
-        underway.result, outcomes=tuple(outcomes), corrected=layer.corrects is not None, output=output
+        underway.result,
+        outcomes=tuple(outcomes),
+        corrected=layer.corrects is not None,
+        output=output,
+        statistics=quantizer.statistics,
     )
 
 
@@ -167,7 +174,7 @@ def _run_tile(
     """A function of its own: what it computed must not be held while the next tile is waited for."""
     tile, layer = load.tile, load.tile.layer
     tensors, outcomes = quantizer.quantize(load, scale)
-    bias, error = quantizer.absorb(load, tensors)
+    bias, error = quantizer.absorb(load, tensors, scale)
     parts = {f"{layer.name}.{suffix}": (begin, tensors[suffix]) for suffix, begin in tile.places().items()}
     if not tile.begin:
         parts[f"{layer.name}.{comfyui.MARKER}"] = (0, comfyui.marker_tensor(layer.marker))
@@ -185,10 +192,18 @@ class _Quantizer:
     def __init__(self, source: Reader, conversion: Conversion, device: torch.device, inputs: Inputs) -> None:
         self._source, self._conversion, self._device, self._inputs = source, conversion, device, inputs
         self._stats: InputStats | None = None
+        self._moments: Moments | None = None
 
     def begin(self, layer: Layer) -> None:
         """The tiles that follow are of this layer."""
-        self._stats = self._inputs.read(layer)
+        stats = self._stats = self._inputs.read(layer)
+        corrects = layer.corrects is not None
+        self._moments = None if stats is None else Moments(layer.format, stats, self._device, corrects)
+
+    @property
+    def statistics(self) -> str:
+        """Those of the layer, in a few words."""
+        return "" if self._stats is None else self._stats.about
 
     def largest(self, load: Load) -> float:
         """The largest magnitude of a tile."""
@@ -208,21 +223,18 @@ class _Quantizer:
         rounding = layer.rounding(self._conversion.rounding)
         with naming(load.tile):
             w, _ = self._checked(load)
-            if scale is not None:
-                coherence = rounding.coherence if rounding.scale_search else None
-                return layer.format.quantize(w, coherence, scale), []
             seed = layer_seed(self._conversion.seed, layer.name)
-            return quantize_layer(layer.format, w, rounding, seed, self._stats)
+            return quantize_layer(layer.format, w, rounding, seed, self._moments, scale)
 
-    def absorb(self, load: Load, tensors: Tensors) -> tuple[Tensor | None, OutputError | None]:
+    def absorb(self, load: Load, tensors: Tensors, scale: Tensor | None) -> tuple[Tensor | None, OutputError | None]:
         """The tile's part of the corrected bias, if it moves, and what the statistics say of its outputs."""
         tile, layer, stats = load.tile, load.tile.layer, self._stats
-        if stats is None or len(tile.shape) != 2:
+        if stats is None:
             return None, None
         with naming(tile):
             w = _weight(load)
             stored = layer.format.dequantize(tensors, tile.shape)
-            error = output_error(w, stored, stats)
+            error = output_error(w, stored, self._nearest(layer, w, scale), stats)
             if layer.corrects is None:
                 return None, error
             shift = mean_shift(w, stored, stats.mean.to(self._device))
@@ -230,6 +242,11 @@ class _Quantizer:
                 return corrected(self._bias(tile).to(self._device), shift), error
             except ValueError as problem:
                 raise InputError(f"{self._source.path}: layer {printable(layer.name)}: {problem}") from None
+
+    def _nearest(self, layer: Layer, w: Tensor, scale: Tensor | None) -> Tensor:
+        """What round-to-nearest would store."""
+        w = w.float() if w.dtype == torch.float64 else w
+        return layer.format.dequantize(layer.format.quantize(w, None, scale), tuple(w.shape))
 
     def _bias(self, tile: Tile) -> Tensor:
         """The source's bias of the tile's rows; zeros where it has none."""

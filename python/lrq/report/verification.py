@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
+from lrq.calibration.stats import StatsFile
 from lrq.checkpoint.header import BITS
 from lrq.checkpoint.reader import Reader
-from lrq.config import Calibration, Conversion, Rounding
+from lrq.config import Calibration, Conversion
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.formats import Format, Shape, Tensors, read_format
 from lrq.models.policy import FLOAT_DTYPES
 from lrq.plan import PROVENANCE, Plan, make_plan, recorded, source_markers
-from lrq.report.calibrated import Changes, check_changes, recorded_changes
+from lrq.report.calibrated import Changes, Expected, Predicted, Predictions, check_changes, recorded_changes
 from lrq.report.error import GROUP, LayerError, measure
 from lrq.report.stored import check_dimensions, check_values, read_tensors, same_bytes, stored_shape
 
@@ -39,6 +40,8 @@ class LayerReport:
     shape: Shape
     error: LayerError | None
     """None without a source, or where the source's layer is quantized already."""
+    predicted: Predicted | None = None
+    """What statistics of its inputs say; None without them."""
 
 
 @dataclass
@@ -63,9 +66,15 @@ class Verification:
 
 
 def verify_file(
-    output: Reader, source: Reader | None, on_layer: Callable[[LayerReport], None] = lambda layer: None
+    output: Reader,
+    source: Reader | None,
+    on_layer: Callable[[LayerReport], None] = lambda layer: None,
+    stats: StatsFile | None = None,
 ) -> Verification:
-    """Check names, shapes, dtypes, markers, padding, finiteness, unchanged tensors; measure what error remains."""
+    """Check names, shapes, dtypes, markers, padding, finiteness, unchanged tensors; measure what error remains.
+
+    With ``stats`` of the inputs, that of the outputs as well.
+    """
     result = Verification()
     if source is not None and (other := _other_source(output, source)) is not None:
         # Every other check would fail as well, and bury the reason.
@@ -77,7 +86,7 @@ def verify_file(
     result.failures += _unmarked(output, markers)
     provenance = output.header.metadata.get(PROVENANCE)
     # What statistics did is recorded by tensor: their file need not be there.
-    settings = replace(recorded(provenance) or Conversion(), calibration=Calibration())
+    settings = _without_statistics(recorded(provenance) or Conversion())
     own = recorded(provenance, of_this_version=True) is not None
     plan: Plan | None = None
     if source is not None and recorded(provenance) is not None:
@@ -89,10 +98,11 @@ def verify_file(
         result.failures += _as_planned(source, plan, markers)
     changes = recorded_changes(output)
     rounding = {layer.name: layer.rounding(settings.rounding) for layer in plan.layers} if plan else {}
+    predictions = None if stats is None else Predictions(stats, markers.keys(), changes)
     for name, marker in markers.items():
-        expected = _Expected(rounding.get(name, settings.rounding), own, name in changes.measured)
+        expected = Expected(rounding.get(name, settings.rounding), own, name in changes.measured)
         try:
-            layer = _check_layer(output, source, name, marker, expected)
+            layer = _check_layer(output, source, name, marker, expected, predictions)
         except ValueError as error:
             result.failures.append(f"layer {printable(name)}: {error}")
             continue
@@ -107,6 +117,12 @@ def verify_file(
     if not markers:
         result.failures.append("no layer is quantized: the file has no marker")
     return result
+
+
+def _without_statistics(settings: Conversion) -> Conversion:
+    rounding = settings.rounding
+    optimizer = None if rounding.optimizer == "gptq" else rounding.optimizer
+    return replace(settings, calibration=Calibration(), rounding=replace(rounding, optimizer=optimizer))
 
 
 def _alignment(output: Reader) -> Iterator[str]:
@@ -156,24 +172,13 @@ def _unmarked(output: Reader, markers: comfyui.Markers) -> Iterator[str]:
             yield f"layer {printable(layer)}: has a scale but no marker; ComfyUI would load it unscaled"
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """How a layer was made, as far as that is recorded."""
-
-    rounding: Rounding
-    own: bool
-    """By this version."""
-    measured: bool
-    """With statistics of its inputs."""
-
-    @property
-    def calibrated(self) -> bool:
-        """Codes and block scales follow statistics, which are not there now."""
-        return self.measured and not self.rounding.simple
-
-
 def _check_layer(
-    output: Reader, source: Reader | None, name: str, marker: dict[str, Any], expected: _Expected
+    output: Reader,
+    source: Reader | None,
+    name: str,
+    marker: dict[str, Any],
+    expected: Expected,
+    predictions: Predictions | None,
 ) -> LayerReport:
     entries = {suffix: output.entries.get(f"{name}.{suffix}") for suffix in comfyui.STORED}
     shapes = {suffix: entry.shape for suffix, entry in entries.items() if entry is not None}
@@ -201,31 +206,31 @@ def _check_layer(
     error = measure(fmt, tensors, w, expected.rounding)
     # The scale search gives up plain error for less error along the weight: in a few blocks that may be much.
     allowed = max(error.nearest_plain, error.searched_plain)
-    limit = WORSE_WHEN_MEASURED if expected.calibrated else WORSE_THAN_NEAREST
+    limit = WORSE_WHEN_MEASURED if expected.calibrated(fmt) else WORSE_THAN_NEAREST
     if error.plain > limit**2 * allowed:
         raise ValueError(
             f"{fmt.name}: relative error {error.frobenius:.4g} is {error.frobenius_ratio:.3g} times that of "
             "round-to-nearest; it was not made from this weight, or wrongly"
         )
-    if error.outlier > OUTLIER and not expected.calibrated:
+    if error.outlier > OUTLIER and not expected.calibrated(fmt):
         raise ValueError(
             f"{fmt.name}: {GROUP} neighbouring weights have {error.outlier:.3g} times the error expected of them; "
             "some bytes are not those that were written"
         )
     if expected.own:
         _check_own(fmt, tensors, w, expected)
-    return LayerReport(name, fmt.name, shape, error)
+    predicted = None if predictions is None else predictions.of(name, fmt, tensors, w)
+    return LayerReport(name, fmt.name, shape, error, predicted)
 
 
-def _check_own(fmt: Format, tensors: Tensors, w: torch.Tensor, how: _Expected) -> None:
+def _check_own(fmt: Format, tensors: Tensors, w: torch.Tensor, how: Expected) -> None:
     """What this version writes follows from the weight to the bit, but for what learned rounding moves."""
     rounding = how.rounding
     single = w.float() if w.dtype == torch.float64 else w
     expected = fmt.quantize(single, rounding.coherence if rounding.scale_search else None)
-    chosen = rounding.scale_rounds or (how.calibrated and rounding.scale_search)
-    learned = () if rounding.simple else ("weight", "weight_scale") if chosen and fmt.has_scale_search else ("weight",)
+    chosen = {"weight": how.codes_chosen(fmt), "weight_scale": how.scales_chosen(fmt)}
     for suffix, tensor in expected.items():
-        if suffix not in learned and not same_bytes(tensors[suffix], tensor):
+        if not chosen.get(suffix) and not same_bytes(tensors[suffix], tensor):
             raise ValueError(f"{suffix} is not what the recorded settings give for the source's weight")
 
 

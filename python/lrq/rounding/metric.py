@@ -131,6 +131,11 @@ def subspace_size(shape: tuple[int, ...], top_p: float, min_k: int, max_k: int) 
     return max(1, min(max(int(top_p * smaller), min_k), max_k, smaller))
 
 
+def plain_metric(count: int, like: Tensor) -> Metric:
+    """``|E|^2`` for ``count`` matrices with as many columns as ``like`` [K]."""
+    return Metric(like.new_zeros(count, len(like), 0), like.new_ones(count))
+
+
 def weight_metric(w: Tensor, rounding: Rounding, plain_weight: float) -> Metric:
     """The metric of weights [B,N,K] by their own leading directions; ``rounding.projection`` names the sides.
 

@@ -17,14 +17,25 @@ from lrq.rounding.metric import Metric, aligned, subspace_size
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it (Frantar et al. 2023, section 3.3): a direction that few samples or none
 have seen still counts a little, and H is positive definite whatever its rank."""
+KEPT_MEAN = 0.1
+"""Share of μμ' that stays in H where a corrected bias takes the mean error away: inputs in use have another mean."""
+
+
+class UnfitStatisticsError(ValueError):
+    """Second moments that no inputs have."""
 
 
 class Moments:
-    """H [K,K] of a layer as its format sees the inputs, scaled so that the mean of its diagonal is 1."""
+    """H [K,K] of a layer as its format sees the inputs, scaled so that the mean of its diagonal is 1.
 
-    def __init__(self, fmt: Format, stats: InputStats, device: torch.device) -> None:
+    Where the layer's bias will take the mean error, H is that of what remains: E[xx'] − (1 − :data:`KEPT_MEAN`) μμ'.
+    """
+
+    def __init__(self, fmt: Format, stats: InputStats, device: torch.device, bias_corrected: bool = False) -> None:
         self._fmt, self._stats, self._device = fmt, stats, device
-        mean = stats.second.mean().item()
+        self._taken = 1 - KEPT_MEAN if bias_corrected else 0.0
+        self._second = (stats.second.double() - self._taken * stats.mean.double().square()).clamp(min=0)
+        mean = self._second.mean().item()
         # Inputs that are all zero say nothing: every error counts alike.
         self._unit = 1 / mean if mean > 0 else 0.0
 
@@ -41,7 +52,9 @@ class Moments:
     def matrix(self) -> Tensor:
         """H, float32 [K,K]."""
         if self._stats.gram is not None:
-            whole = self._stats.gram.to(self._device) * self._unit
+            mean = self._stats.mean.double().to(self._device)
+            whole = self._stats.gram.to(self._device, torch.float64)
+            whole = (whole.addr_(mean, mean, alpha=-self._taken) * self._unit).float()
         else:
             factor, rest = self._factor()
             whole = factor @ factor.mT
@@ -49,18 +62,26 @@ class Moments:
         once = self._fmt.prepare(whole)
         return self._fmt.prepare(once.mT.contiguous()) if once is not whole else whole
 
-    def second(self) -> Tensor:
-        """E[x²] of inputs that are not rotated, float32 [K], in the units of H."""
-        return (self._stats.second * self._unit).float().to(self._device)
+    def weights(self) -> Tensor:
+        """The diagonal of H with its damping, of inputs that are not rotated, float32 [K]."""
+        diagonal = (self._second * self._unit).float() + (DAMPING if self._unit else 1.0)
+        return diagonal.to(self._device)
 
     def _factor(self) -> tuple[Tensor, Tensor]:
         """F [K,r] and d [K], float32, for which H = FF' + diag(d), in the basis of the inputs."""
         stats = self._stats
-        if stats.vectors is not None and stats.values is not None:
-            factor = stats.vectors.double() * stats.values.double().clamp(min=0).sqrt()
+        mean = stats.mean.double()
+        if stats.vectors is None or stats.values is None:
+            factor = (1 - self._taken) ** 0.5 * mean[:, None]
         else:
-            factor = stats.mean[:, None].double()
-        rest = (stats.second.double() - factor.square().sum(1)).clamp(min=0)
+            vectors, root = stats.vectors.double(), stats.values.double().clamp(min=0).sqrt()
+            factor = vectors * root
+            # With μ = Fa, FF' − tμμ' = F(I − taa')F', whose root is that of the bracket: positive whatever the noise.
+            a = torch.where(root > 0, (vectors.mT @ mean) / root, 0.0)
+            length = a.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+            left = (1 - self._taken * length.clamp(max=1.0)).sqrt()
+            factor = factor - (factor @ a)[:, None] * a * ((1 - left) / length)
+        rest = (self._second - factor.square().sum(1)).clamp(min=0)
         return (factor * self._unit**0.5).float().to(self._device), (rest * self._unit).float().to(self._device)
 
     def leading(self, count: int) -> tuple[Tensor, Tensor]:
@@ -93,11 +114,17 @@ def sequential_metric(h: Tensor, count: int, order: Tensor) -> Metric:
 
     With R upper triangular and H = RR', ``tr(EHE') = |ER|^2``, whose column j has the errors of the columns up to j
     alone. R is the Cholesky factor of H with rows and columns reversed, computed in float64.
+
+    Raises:
+        UnfitStatisticsError: H has a negative eigenvalue beyond the damping.
     """
     backwards = order.flip(0)
     damped = h[backwards][:, backwards].double()
     damped.diagonal().add_(DAMPING if h.diagonal().any() else 1.0)
-    triangular = torch.linalg.cholesky(damped).flip(0, 1).float()
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed.item():
+        raise UnfitStatisticsError("E[xx'] has a negative eigenvalue")
+    triangular = lower.flip(0, 1).float()
     right = torch.empty_like(triangular)
     right[order] = triangular
     none = torch.zeros(count, device=h.device)

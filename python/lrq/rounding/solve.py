@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lrq.calibration.inputs import InputStats
 from lrq.config import Rounding
 from lrq.formats import Format, Tensors
 from lrq.rounding.block_scales import Ladder, weighted_scales
 from lrq.rounding.coordinate_descent import coordinate_descent
 from lrq.rounding.discrete import discrete
 from lrq.rounding.gptq import gptq
-from lrq.rounding.metric import Metric, weight_metric
+from lrq.rounding.metric import Metric, plain_metric, weight_metric
 from lrq.rounding.moments import Moments, falling_order, moment_metric, sequential_metric
 from lrq.rounding.problem import Problem, Solution
 from lrq.rounding.relaxation import AdamW, Original, RAdam, Relaxation
@@ -61,24 +60,34 @@ def layer_seed(seed: int, name: str) -> int:
 
 
 def quantize_layer(
-    fmt: Format, w: Tensor, rounding: Rounding, seed: int, stats: InputStats | None = None
+    fmt: Format,
+    w: Tensor,
+    rounding: Rounding,
+    seed: int,
+    moments: Moments | None = None,
+    matrix_scale: Tensor | None = None,
 ) -> tuple[Tensors, list[Outcome]]:
     """Stored tensors of a weight [N,K] or [E,N,K], and one outcome per matrix (none for simple rounding).
 
-    ``stats`` are those of the layer's inputs, where they are known.
+    ``moments`` are those of the layer's inputs, where they are known; ``matrix_scale`` is the scale of the whole matrix
+    where ``w`` is only some of its rows, for simple rounding.
     """
     w = w.float() if w.dtype == torch.float64 else w
-    tensors = fmt.quantize(w, rounding.coherence if rounding.scale_search else None)
-    if rounding.simple:
+    tensors = fmt.quantize(w, rounding.coherence if rounding.scale_search else None, matrix_scale)
+    chooses = moments is not None and fmt.has_scale_search and rounding.scale_search
+    if rounding.simple and not chooses:
         return tensors, []
     shape = tuple(w.shape)
-    problem = problem_of(fmt, w, tensors, rounding, seed, stats)
-    solution, outcomes = learn(problem, rounding)
+    problem = problem_of(fmt, w, tensors, rounding, seed, moments)
+    if rounding.simple:
+        solution, outcomes = Solution(problem.start, [], []), list[Outcome]()
+    else:
+        solution, outcomes = learn(problem, rounding)
     values = solution.values
     if problem.ladder is not None:
         codes = problem.ladder.index(problem.scale if solution.scale is None else solution.scale)
         tensors = fmt.with_scale_codes(tensors, codes.view(*shape[:-1], -1))
-    elif rounding.scale_rounds and fmt.has_scale_search and stats is None:
+    elif rounding.scale_rounds and fmt.has_scale_search and moments is None:
         tensors, values, outcomes = _with_scales(fmt, tensors, problem, values, outcomes, rounding)
     return fmt.with_codes(tensors, values.view(shape).float()), outcomes
 
@@ -106,11 +115,11 @@ def quantize_layers(
 
 
 def problem_of(
-    fmt: Format, w: Tensor, tensors: Tensors, rounding: Rounding, seed: int, stats: InputStats | None = None
+    fmt: Format, w: Tensor, tensors: Tensors, rounding: Rounding, seed: int, moments: Moments | None = None
 ) -> Problem:
     """The problem of a weight [N,K] or [E,N,K] whose scales are stored already, in units of a power of two.
 
-    With statistics the metric is theirs, and block scales that may be searched are the best ones under it.
+    With moments of the inputs the metric is theirs, and block scales that may be searched are the best ones under it.
     """
     shape = tuple(w.shape)
     rows, columns = shape[-2:]
@@ -125,10 +134,9 @@ def problem_of(
     prepared, compact = _times_power(prepared, exponent), _times_power(compact, exponent)
     start = start.bfloat16().view(prepared.shape)
     unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
-    if stats is None:
+    if moments is None:
         metric = weight_metric(prepared, rounding, fmt.plain_weight)
         return Problem(prepared, compact, block, start, fmt.grid, metric, seed, unit)
-    moments = Moments(fmt, stats, w.device)
     searches = fmt.has_scale_search and rounding.scale_search
     metric = _measured_metric(moments, len(prepared), block[1] if searches else 1, rounding)
     problem = Problem(prepared, compact, block, start, fmt.grid, metric, seed, unit)
@@ -136,12 +144,17 @@ def problem_of(
         return problem
     rungs = fmt.scales_of(torch.arange(fmt.last_scale + 1, device=w.device)[None], tensors).flatten(0, -2)
     ladder = Ladder(_times_power(rungs.expand(len(prepared), -1), exponent[:, 0]), fmt.scale_reach)
-    best = weighted_scales(prepared, compact, ladder, moments.second(), fmt.grid)
+    best = weighted_scales(prepared, compact, ladder, moments.weights(), fmt.grid)
     return replace(problem, scale=best, ladder=ladder).restarted()
 
 
 def _measured_metric(moments: Moments, count: int, block: int, rounding: Rounding) -> Metric:
-    """The metric of statistics that the solver can use, for ``count`` matrices whose scales have ``block`` columns."""
+    """The metric of statistics that the solver can use, for ``count`` matrices whose scales have ``block`` columns.
+
+    Simple rounding has no use for one.
+    """
+    if rounding.simple:
+        return plain_metric(count, moments.weights())
     if solver_of(rounding, moments.correlated) != "gptq":
         return moment_metric(moments, count, rounding)
     h = moments.matrix()

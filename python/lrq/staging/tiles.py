@@ -16,6 +16,8 @@ from lrq.selection.layer import Layer
 LEARNING = {"discrete": 19, "coordinate_descent": 28, "gptq": 40}
 RELAXING = 48
 """Bytes that learned rounding holds of a weight, by solver, as measured; the eigenvectors come on top."""
+WEIGHING = 28
+"""The same of simple rounding whose block scales follow statistics."""
 EIGENVECTORS = 8
 """Bytes of an element of the smaller side's Gram matrix, for its eigenvectors."""
 SECOND_MOMENTS = 40
@@ -80,12 +82,13 @@ class Tile:
         """Bytes more while it is computed."""
         rows, columns = self.shape[-2:]
         widened = 4 * math.prod(self.shape) if self.layer.source.dtype == "F64" else 0
-        # Statistics, the weight that the codes stand for, and what they are multiplied into.
-        absorbing = 2 * self.layer.statistics_size + 12 * math.prod(self.shape) if self.layer.statistics_size else 0
-        widened += absorbing
-        if self.layer.rounding(rounding).simple:
-            return widened + SMALL
-        solver = solver_of(self.layer.rounding(rounding), measured=self.layer.statistics_size > 0)
+        # Statistics, what the codes and the nearest ones stand for, and what they are multiplied into.
+        absorbing = 2 * self.layer.statistics_size + 20 * math.prod(self.shape) if self.layer.statistics_size else 0
+        own, widened = self.layer.rounding(rounding), widened + absorbing
+        if own.simple:
+            weighs = self.layer.statistics_size and self.layer.format.has_scale_search and own.scale_search
+            return widened + SMALL + (WEIGHING * math.prod(self.shape) + TRIED if weighs else 0)
+        solver = solver_of(own, measured=self.layer.statistics_size > 0)
         learning = LEARNING.get(solver, RELAXING) * math.prod(self.shape)
         vectors = EIGENVECTORS * min(rows, columns) ** 2 * math.prod(self.shape[:-2])
         if self.layer.statistics_size:
