@@ -24,8 +24,9 @@ from lrq.report.stored import check_dimensions, check_values, read_tensors, same
 
 WORSE_THAN_NEAREST = 1.5
 """A layer with more than this times the error of round-to-nearest was not made from this source, or wrongly."""
-WORSE_WHEN_MEASURED = 4.0
-"""The same of a layer that was rounded under statistics of its inputs: its error is where they are small."""
+WORSE_WHEN_MEASURED = 10.0
+"""The same of a layer that was rounded under statistics of its inputs: its error is where they are small. The damping
+of GPTQ allows a hundredfold square."""
 OUTLIER = 5.0
 """So was one that has neighbouring weights with more than this times what is expected of them: learned rounding leaves
 less than 4 times on real models."""

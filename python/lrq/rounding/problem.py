@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrq.formats.grid import Grid
-from lrq.rounding.block_scales import Ladder
+from lrq.rounding.ladder import Ladder
 from lrq.rounding.metric import Metric, sum_of_squares
 
 CHUNK = 1 << 22

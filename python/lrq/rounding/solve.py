@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lrq.config import Rounding
 from lrq.formats import Format, Tensors
-from lrq.rounding.block_scales import Ladder, weighted_scales
+from lrq.rounding.block_scales import weighted_scales
 from lrq.rounding.coordinate_descent import coordinate_descent
 from lrq.rounding.discrete import discrete
 from lrq.rounding.gptq import gptq
+from lrq.rounding.ladder import Ladder
 from lrq.rounding.metric import Metric, plain_metric, weight_metric
 from lrq.rounding.moments import Moments, falling_order, moment_metric, sequential_metric
 from lrq.rounding.problem import Problem, Solution
@@ -144,8 +145,8 @@ def problem_of(
         return problem
     rungs = fmt.scales_of(torch.arange(fmt.last_scale + 1, device=w.device)[None], tensors).flatten(0, -2)
     ladder = Ladder(_times_power(rungs.expand(len(prepared), -1), exponent[:, 0]), fmt.scale_reach)
-    best = weighted_scales(prepared, compact, ladder, moments.weights(), fmt.grid)
-    return replace(problem, scale=best, ladder=ladder).restarted()
+    problem = replace(problem, ladder=ladder)
+    return replace(problem, scale=weighted_scales(problem, moments.weights())).restarted()
 
 
 def _measured_metric(moments: Moments, count: int, block: int, rounding: Rounding) -> Metric:
