@@ -211,7 +211,7 @@ def test_subspace_size() -> None:
     assert subspace_size((1, 5), 0.0, 1, 1) == 1
 
 
-@pytest.mark.parametrize("optimizer", SOLVERS)
+@pytest.mark.parametrize("optimizer", [name for name in SOLVERS if name != "gptq"])
 def test_num_iter_bounds_the_iterations(optimizer: str) -> None:
     rounding = Rounding(num_iter=2, optimizer=optimizer)
     outcome = quantize_layer(FORMATS["nvfp4"], low_rank(128, 256), rounding, seed=0)[1][0]
