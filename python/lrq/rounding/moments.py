@@ -69,20 +69,20 @@ class Moments:
 
     def _factor(self) -> tuple[Tensor, Tensor]:
         """F [K,r] and d [K], float32, for which H = FF' + diag(d), in the basis of the inputs."""
-        stats = self._stats
-        mean = stats.mean.double()
+        stats, device = self._stats, self._device
+        mean = stats.mean.to(device).double()
         if stats.vectors is None or stats.values is None:
             factor = (1 - self._taken) ** 0.5 * mean[:, None]
         else:
-            vectors, root = stats.vectors.double(), stats.values.double().clamp(min=0).sqrt()
+            vectors, root = stats.vectors.to(device).double(), stats.values.to(device).double().clamp(min=0).sqrt()
             factor = vectors * root
             # With μ = Fa, FF' − tμμ' = F(I − taa')F', whose root is that of the bracket: positive whatever the noise.
             a = torch.where(root > 0, (vectors.mT @ mean) / root, 0.0)
             length = a.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
             left = (1 - self._taken * length.clamp(max=1.0)).sqrt()
-            factor = factor - (factor @ a)[:, None] * a * ((1 - left) / length)
-        rest = (self._second - factor.square().sum(1)).clamp(min=0)
-        return (factor * self._unit**0.5).float().to(self._device), (rest * self._unit).float().to(self._device)
+            factor.addr_(factor @ a, a * ((1 - left) / length), alpha=-1)
+        rest = (self._second.to(device) - factor.square().sum(1)).clamp(min=0)
+        return (factor * self._unit**0.5).float(), (rest * self._unit).float()
 
     def leading(self, count: int) -> tuple[Tensor, Tensor]:
         """V S^(1/2) [K,count at most] of the leading eigenpairs, and what the others have on average, float32 []."""

@@ -18,6 +18,8 @@ RELAXING = 48
 """Bytes that learned rounding holds of a weight, by solver, as measured; the eigenvectors come on top."""
 WEIGHING = 28
 """The same of simple rounding whose block scales follow statistics."""
+ABSORBING = 20
+"""Bytes of a weight while the error of the outputs is found."""
 EIGENVECTORS = 8
 """Bytes of an element of the smaller side's Gram matrix, for its eigenvectors."""
 SECOND_MOMENTS = 40
@@ -80,20 +82,21 @@ class Tile:
 
     def work(self, rounding: Rounding) -> int:
         """Bytes more while it is computed."""
-        rows, columns = self.shape[-2:]
+        statistics = 2 * self.layer.statistics_size
         widened = 4 * math.prod(self.shape) if self.layer.source.dtype == "F64" else 0
-        # Statistics, what the codes and the nearest ones stand for, and what they are multiplied into.
-        absorbing = 2 * self.layer.statistics_size + 20 * math.prod(self.shape) if self.layer.statistics_size else 0
-        own, widened = self.layer.rounding(rounding), widened + absorbing
+        # What the codes and the nearest ones stand for, and what they are multiplied into; when it is rounded.
+        absorbing = ABSORBING * math.prod(self.shape) if statistics else 0
+        return widened + statistics + max(absorbing, self._rounding_work(self.layer.rounding(rounding))) + SMALL
+
+    def _rounding_work(self, own: Rounding) -> int:
+        (rows, columns), weights = self.shape[-2:], math.prod(self.shape)
+        measured = self.layer.statistics_size > 0
         if own.simple:
-            weighs = self.layer.statistics_size and self.layer.format.has_scale_search and own.scale_search
-            return widened + SMALL + (WEIGHING * math.prod(self.shape) + TRIED if weighs else 0)
-        solver = solver_of(own, measured=self.layer.statistics_size > 0)
-        learning = LEARNING.get(solver, RELAXING) * math.prod(self.shape)
+            weighs = measured and self.layer.format.has_scale_search and own.scale_search
+            return WEIGHING * weights + TRIED if weighs else 0
+        learning = LEARNING.get(solver_of(own, measured), RELAXING) * weights
         vectors = EIGENVECTORS * min(rows, columns) ** 2 * math.prod(self.shape[:-2])
-        if self.layer.statistics_size:
-            vectors += SECOND_MOMENTS * columns**2 + TRIED
-        return widened + learning + vectors + SMALL
+        return learning + vectors + (SECOND_MOMENTS * columns**2 + TRIED if measured else 0)
 
     def need(self, rounding: Rounding) -> int:
         """Bytes of all of it."""
