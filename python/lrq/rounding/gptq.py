@@ -47,7 +47,7 @@ def gptq(problem: Problem, rounding: Rounding) -> Solution:
 
 def _round_matrix(problem: Problem, order: Tensor, feedback: _Feedback) -> tuple[Tensor, Tensor]:
     """Grid values [1,N,K] of a problem with one matrix, and their scales, as the problem's."""
-    run = _Run(problem.weight[0, :, order].mT.contiguous(), feedback)
+    run = _Run(problem.weight[0][:, order].mT.contiguous(), feedback)
     rounded = _with_given_scales if problem.ladder is None else _with_best_scales
     scale = rounded(run, problem, order)
     return run.values[order.argsort()].mT[None].contiguous(), scale
@@ -72,7 +72,7 @@ def _with_best_scales(run: _Run, problem: Problem, order: Tensor) -> Tensor:
         around = ladder.around(problem.scale[:, :, where])[:, 0].movedim(2, 0)
         starts = range(first * block, columns, block)
         each = [one.expand(min(block, columns - at), -1, -1) for at, one in zip(starts, around, strict=False)]
-        chosen[0, :, where] = run.advance(first * block, each).mT
+        chosen[0][:, where] = run.advance(first * block, each).mT
     return chosen
 
 
