@@ -1,4 +1,4 @@
-"""Writes the tables of measurements into README.md, from the kept results of the benchmarks.
+"""Writes the tables of measurements into README.md and docs/FORMATS.md, from the kept results of the benchmarks.
 
 python benchmarks/readme_tables.py
 """
@@ -159,6 +159,19 @@ def budget_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def calibrated_table() -> str:
+    """1 - cosine of MiniLM's embeddings by method and format, in units of round-to-nearest."""
+    rows = _read("calibrated")["results"]
+    found = {(row["method"], row["format"]): row["ratio"] for row in rows}
+    lines = [f"| | {' | '.join(FORMATS.values())} |", "|---|" + "---|" * len(FORMATS)]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [f"{found[method, key]:.3f}" if (method, key) in found else "" for key in FORMATS]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    nearest = [row["distance"] for row in rows if row["method"] == "nearest"]
+    lines.append(f"| 1 − cosine of nearest | {' | '.join(f'{distance:.5f}' for distance in nearest)} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "conversions": conversion_table,
     "GPU conversions": gpu_conversion_table,
@@ -168,21 +181,25 @@ TABLES: dict[str, Callable[[], str]] = {
     "CPU kernels": cpu_table,
 }
 """Tables by the name in their marks."""
+OF_FORMATS: dict[str, Callable[[], str]] = {"calibrated": calibrated_table}
+"""The same of docs/FORMATS.md."""
+DOCUMENTS = {"README.md": TABLES, "docs/FORMATS.md": OF_FORMATS}
 
 
 def _read(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def with_tables(readme: str) -> str:
-    """``readme`` with every table between its two marks."""
-    for name, table in TABLES.items():
+def with_tables(text: str, tables: dict[str, Callable[[], str]]) -> str:
+    """``text`` with every table between its two marks."""
+    for name, table in tables.items():
         begin, end = f"<!-- {name}: benchmarks/readme_tables.py -->\n", f"<!-- end of {name} -->\n"
-        before, rest = readme.split(begin)
-        readme = before + begin + table() + end + rest.split(end)[1]
-    return readme
+        before, rest = text.split(begin)
+        text = before + begin + table() + end + rest.split(end)[1]
+    return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text()))
+    for name, tables in DOCUMENTS.items():
+        path = ROOT / name
+        path.write_text(with_tables(path.read_text(), tables))

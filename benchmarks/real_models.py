@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lrq.calibration import Collector
 from lrq.dialects import comfyui
 from lrq.formats import read_format
 
@@ -42,6 +43,12 @@ def english_sentences(count: int = 512) -> list[str]:
     return unique[:: max(1, len(unique) // count)][:count]
 
 
+def other_sentences(count: int = 256) -> list[str]:
+    """Sentences of the same text that :func:`english_sentences` does not give by default."""
+    shown = set(english_sentences())
+    return [one for one in english_sentences(1 << 20) if one not in shown][:count]
+
+
 class MiniLM:
     """The sentence encoder: mean of the last hidden states, normalised."""
 
@@ -55,6 +62,15 @@ class MiniLM:
             tokenizer(sentences[i : i + 64], padding=True, truncation=True, max_length=128, return_tensors="pt")
             for i in range(0, len(sentences), 64)
         ]
+
+    @torch.inference_mode()
+    def watch(self, state: State, collector: Collector) -> None:
+        """Run all batches while a collector looks at the inputs of the layers; padding does not count."""
+        self.model.load_state_dict(state, strict=False)
+        with collector:
+            for batch in self.batches:
+                collector.mask = batch["attention_mask"].bool()
+                self.model(**batch)
 
     @torch.inference_mode()
     def embed(self, state: State) -> Tensor:
@@ -141,7 +157,7 @@ def load_digits() -> State:
 def load_converted(path: Path, original: State) -> State:
     """The state dict that a loader makes of a converted file: every layer dequantized from its marker."""
     stored = load_file(path)
-    state = dict(original)
+    state = {name: stored.get(name, tensor) for name, tensor in original.items()}
     for name in [n.removesuffix(f".{comfyui.MARKER}") for n in stored if n.endswith(f".{comfyui.MARKER}")]:
         marker = comfyui.read_marker_tensor(stored[f"{name}.{comfyui.MARKER}"].numpy().tobytes())
         parts = {s: stored[f"{name}.{s}"] for s in comfyui.STORED if f"{name}.{s}" in stored}

@@ -21,6 +21,7 @@ from lrq.errors import InputError, printable
 from lrq.formats import Tensors
 from lrq.plan import Plan
 from lrq.repair.bias import OutputError, corrected, mean_shift, output_error
+from lrq.rounding.moments import Moments
 from lrq.rounding.solve import Outcome, layer_seed, quantize_layer
 from lrq.selection.layer import Layer
 from lrq.staging.conveyor import Conveyor, Load, Step
@@ -49,6 +50,8 @@ class LayerResult:
     """Whether its bias took the mean error."""
     output: OutputError | None = None
     """What the statistics of its inputs say of the outputs; None without them, and where an earlier run did it."""
+    statistics: str = ""
+    """Which statistics those are."""
 
 
 OnLayer = Callable[[LayerResult], None]
@@ -63,11 +66,20 @@ class _Computed:
     writes: list[Future[None]]
 
 
+@dataclass(frozen=True)
+class _Known:
+    """Statistics of a layer's inputs, and the metric that they make."""
+
+    stats: InputStats
+    moments: Moments
+
+
 @dataclass
 class _Underway:
     """A layer that is computed or written."""
 
     layer: Layer
+    statistics: str = ""
     tiles: list[Future[_Computed]] = field(default_factory=list)
 
     def is_written(self) -> bool:
@@ -82,7 +94,8 @@ class _Underway:
         output = sum(errors[1:], errors[0]) if errors else None
         outcomes = tuple(outcome for tile in tiles for outcome in tile.outcomes)
         corrected = bool(tiles) and layer.corrects is not None
-        return LayerResult(layer.name, layer.format.name, layer.source.shape, outcomes, corrected, output)
+        about = (layer.name, layer.format.name, layer.source.shape)
+        return LayerResult(*about, outcomes, corrected, output, self.statistics)
 
 
 def run_plan(
@@ -118,12 +131,13 @@ def run_plan(
         for layer in plan.layers:
             underway.append(_Underway(layer))
             if layer.name not in done:
-                tiles, stats = memory.tiles[layer.name], plan.inputs.read(layer)
+                tiles, known = memory.tiles[layer.name], quantizer.known(layer, plan.inputs.read(layer))
+                underway[-1].statistics = "" if known is None else known.stats.about
                 scale = _scale_of_all(quantizer, tiles, loads, conveyor) if tiles[0].needs_scale else None
                 # The matrix's scale was computed on the stream of this thread.
                 begin = workers.submit if scale is None else workers.call_here
                 for _ in tiles:
-                    call = begin(_run_tile, quantizer, next(loads), scale, stats, conveyor, writer)
+                    call = begin(_run_tile, quantizer, next(loads), scale, known, conveyor, writer)
                     underway[-1].tiles.append(call)
             land(wait=False)
         for _ in loads:
@@ -168,14 +182,14 @@ def _run_tile(
     quantizer: _Quantizer,
     load: Load,
     scale: Tensor | None,
-    stats: InputStats | None,
+    known: _Known | None,
     conveyor: Conveyor,
     writer: Writer,
 ) -> _Computed:
     """A function of its own: what it computed must not be held while the next tile is waited for."""
     tile, layer = load.tile, load.tile.layer
-    tensors, outcomes = quantizer.quantize(load, scale, stats)
-    bias, error = quantizer.absorb(load, tensors, stats)
+    tensors, outcomes = quantizer.quantize(load, scale, known)
+    bias, error = quantizer.absorb(load, tensors, scale, known)
     parts = {f"{layer.name}.{suffix}": (begin, tensors[suffix]) for suffix, begin in tile.places().items()}
     if not tile.begin:
         parts[f"{layer.name}.{comfyui.MARKER}"] = (0, comfyui.marker_tensor(layer.marker))
@@ -193,6 +207,12 @@ class _Quantizer:
     def __init__(self, source: Reader, conversion: Conversion, device: torch.device) -> None:
         self._source, self._conversion, self._device = source, conversion, device
 
+    def known(self, layer: Layer, stats: InputStats | None) -> _Known | None:
+        """What statistics say of a layer."""
+        if stats is None:
+            return None
+        return _Known(stats, Moments(layer.format, stats, self._device, layer.corrects is not None))
+
     def largest(self, load: Load) -> float:
         """The largest magnitude of a tile."""
         with naming(load.tile):
@@ -205,36 +225,39 @@ class _Quantizer:
         assert name is not None
         return layer.format.quantize(one, None)[name]
 
-    def quantize(self, load: Load, scale: Tensor | None, stats: InputStats | None) -> tuple[Tensors, list[Outcome]]:
+    def quantize(self, load: Load, scale: Tensor | None, known: _Known | None) -> tuple[Tensors, list[Outcome]]:
         """Stored tensors of a tile; ``scale`` is that of the matrix, if the tile is not all of it."""
         layer = load.tile.layer
         rounding = layer.rounding(self._conversion.rounding)
         with naming(load.tile):
             w, _ = self._checked(load)
-            if scale is not None:
-                coherence = rounding.coherence if rounding.scale_search else None
-                return layer.format.quantize(w, coherence, scale), []
             seed = layer_seed(self._conversion.seed, layer.name)
-            return quantize_layer(layer.format, w, rounding, seed, stats)
+            moments = None if known is None else known.moments
+            return quantize_layer(layer.format, w, rounding, seed, moments, scale)
 
     def absorb(
-        self, load: Load, tensors: Tensors, stats: InputStats | None
+        self, load: Load, tensors: Tensors, scale: Tensor | None, known: _Known | None
     ) -> tuple[Tensor | None, OutputError | None]:
         """The tile's part of the corrected bias, if it moves, and what the statistics say of its outputs."""
         tile, layer = load.tile, load.tile.layer
-        if stats is None or len(tile.shape) != 2:
+        if known is None:
             return None, None
         with naming(tile):
             w = _weight(load)
             stored = layer.format.dequantize(tensors, tile.shape)
-            error = output_error(w, stored, stats)
+            error = output_error(w, stored, self._nearest(layer, w, scale), known.stats)
             if layer.corrects is None:
                 return None, error
-            shift = mean_shift(w, stored, stats.mean.to(self._device))
+            shift = mean_shift(w, stored, known.stats.mean.to(self._device))
             try:
                 return corrected(self._bias(tile).to(self._device), shift), error
             except ValueError as problem:
                 raise InputError(f"{self._source.path}: layer {printable(layer.name)}: {problem}") from None
+
+    def _nearest(self, layer: Layer, w: Tensor, scale: Tensor | None) -> Tensor:
+        """What round-to-nearest would store."""
+        w = w.float() if w.dtype == torch.float64 else w
+        return layer.format.dequantize(layer.format.quantize(w, None, scale), tuple(w.shape))
 
     def _bias(self, tile: Tile) -> Tensor:
         """The source's bias of the tile's rows; zeros where it has none."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lrq.calibration.stats import load_stats
 from lrq.checkpoint.journal import Fingerprint
 from lrq.checkpoint.layout import ENDING, INDEX, Layout, Tensor, in_shards, one_file
 from lrq.checkpoint.reader import Reader
@@ -246,9 +247,13 @@ def verify(
     output: str | os.PathLike[str],
     source: str | os.PathLike[str] | None = None,
     *,
+    calib: str | os.PathLike[str] | None = None,
     on_layer: Callable[[LayerReport], None] = lambda layer: None,
 ) -> Verification:
     """Check a converted file, and measure its error against ``source`` if that is given.
+
+    Args:
+        calib: statistics of the layers' inputs, for the error of the outputs that they predict; needs ``source``.
 
     Returns:
         The layers with their errors, and the checks that failed.
@@ -256,8 +261,11 @@ def verify(
     Raises:
         InputError: one of the files can't be read.
     """
+    if calib is not None and source is None:
+        raise InputError("--calib: predicts errors against a source; name it with --source")
+    stats = None if calib is None else load_stats(calib)
     with Reader(output) as reader:
         if source is None:
             return verify_file(reader, None, on_layer)
         with Reader(source) as original:
-            return verify_file(reader, original, on_layer)
+            return verify_file(reader, original, on_layer, stats)

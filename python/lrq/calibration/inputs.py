@@ -45,6 +45,14 @@ class InputStats:
         """K."""
         return self.mean.numel()
 
+    @property
+    def about(self) -> str:
+        """What they are, in a few words: ``5893 tokens, E[xx'] whole``."""
+        known = "E[xx'] whole" if self.gram is not None else "mean and E[x²]"
+        if self.gram is None and self.values is not None:
+            known = f"{len(self.values)} eigenpairs of E[xx']"
+        return f"{self.count} tokens, {known}"
+
     def percentile(self, percent: float) -> float:
         """A magnitude that ``percent`` of all |x| do not exceed: the upper edge of a bin, ``amax`` at most."""
         below = self.histogram.cumsum(0)

@@ -171,8 +171,9 @@ main.add_command(actscale)
 @click.argument("output", metavar="OUT")
 @click.argument("more", nargs=-1, metavar="")
 @click.option("--source", metavar="IN", help="The checkpoint it was made from: compares and measures.")
+@click.option("--calib", metavar="FILE", help="Statistics of the inputs: adds the error of outputs that they predict.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def verify(output: str, more: tuple[str, ...], source: str | None, as_json: bool) -> None:
+def verify(output: str, more: tuple[str, ...], source: str | None, calib: str | None, as_json: bool) -> None:
     """Check a converted file: names, shapes, markers, padding, finiteness, unchanged tensors, and what error remains.
 
     Exit code 1 if a check fails.
@@ -185,7 +186,7 @@ def verify(output: str, more: tuple[str, ...], source: str | None, as_json: bool
     def work() -> bool:
         from lrq.run import verify as verify_file
 
-        result = verify_file(output, source)
+        result = verify_file(output, source, calib=calib)
         tables.print_verification(result, Path(output), as_json)
         return result.ok
 

@@ -52,12 +52,15 @@ def budget_line(budget: Budget) -> str:
 
 
 def _of_outputs(layer: LayerResult) -> str:
-    """The predicted error of a layer's outputs, and by how much its bias moved."""
+    """Which statistics of its inputs are known, the error that they predict, and by how much the bias moved."""
     error = layer.output
     if error is None:
-        return ""
+        return f"; {layer.statistics}" if layer.statistics else ""
     corrected = f" -> {error.after:.4f}, bias moved by {error.shift:.4f}" if layer.corrected else ""
-    return f"; output error by its statistics {error.before:.4f}{corrected}"
+    return (
+        f"; {layer.statistics}: output error by its statistics {error.before:.4f}{corrected}, "
+        f"of round-to-nearest {error.of_nearest:.4f}"
+    )
 
 
 class Progress:

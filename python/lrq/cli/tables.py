@@ -16,6 +16,7 @@ from rich.text import Text
 from lrq.errors import counted, printable
 
 if TYPE_CHECKING:
+    from lrq.report.calibrated import Predicted
     from lrq.report.error import LayerError
     from lrq.report.verification import Verification
 
@@ -26,6 +27,7 @@ _COLUMNS = {
     "error / nearest": ("frobenius_ratio", "{:.3f}"),
     "projected / nearest": ("projected_ratio", "{:.3f}"),
 }
+_PREDICTED = ("outputs: nearest", "outputs", "bias shift")
 _MOST_FAILURES = 20
 _NARROW = 130
 """Narrower terminals leave columns away, so that the names of layers stay whole."""
@@ -45,6 +47,27 @@ def _numbers(error: LayerError | None) -> list[str]:
     return [pattern.format(getattr(error, name)) for name, pattern in _COLUMNS.values()]
 
 
+def _outputs(predicted: Predicted | None) -> list[str]:
+    if predicted is None:
+        return ["-"] * len(_PREDICTED)
+    error = predicted.error
+    rounded = error.after if predicted.corrected else error.before
+    return [f"{error.of_nearest:.4f}", f"{rounded:.4f}", f"{error.shift:.4f}" if predicted.corrected else "-"]
+
+
+def _inputs(predicted: Predicted | None) -> dict[str, object]:
+    """For JSON: which statistics, and what they predict of the outputs."""
+    if predicted is None:
+        return {}
+    error = predicted.error
+    found = {"output_error_of_nearest": error.of_nearest, "output_error_of_codes": error.before}
+    if predicted.corrected:
+        found |= {"output_error": error.after, "bias_shift": error.shift}
+    else:
+        found |= {"output_error": error.before}
+    return {"inputs": {"statistics": predicted.statistics, **found}}
+
+
 def _finite(error: LayerError | None) -> dict[str, float | None] | None:
     """JSON has no infinity: null."""
     if error is None:
@@ -58,6 +81,7 @@ def print_verification(result: Verification, path: Path, as_json: bool) -> None:
     if as_json:
         layers = [
             {"name": layer.name, "format": layer.format, "shape": layer.shape, "error": _finite(layer.error)}
+            | _inputs(layer.predicted)
             for layer in result.layers
         ]
         document: dict[str, Any] = {"file": str(path), "ok": result.ok, "failures": result.failures}
@@ -80,12 +104,14 @@ def _print_table(result: Verification) -> None:
     measured = result.total is not None
     narrow = terminal.width < _NARROW
     headers = {name: name.replace(" / ", " /\n") for name in _COLUMNS}
-    table = Table("layer", "format", "shape", *headers.values(), box=SIMPLE if narrow else HEAVY_HEAD)
+    predicted = _PREDICTED if any(layer.predicted for layer in result.layers) else ()
+    table = Table("layer", "format", "shape", *headers.values(), *predicted, box=SIMPLE if narrow else HEAVY_HEAD)
     for column in table.columns[3:]:
         column.justify = "right"
     for layer in result.layers:
         shape = " x ".join(map(str, layer.shape))
-        table.add_row(Text(printable(layer.name)), layer.format, shape, *_numbers(layer.error))
+        outputs = _outputs(layer.predicted) if predicted else []
+        table.add_row(Text(printable(layer.name)), layer.format, shape, *_numbers(layer.error), *outputs)
     table.add_section()
     table.add_row(counted(len(result.layers), "layer"), "", "", *_numbers(result.total))
     dropped = {1, 2} if narrow else set()

@@ -97,15 +97,14 @@ class Rounding:
         minimum=0.0,
         maximum=1e6,
     )
-    optimizer: str = _setting(
-        "discrete",
-        "What chooses the codes: discrete and coordinate_descent move weights on the grid; original (gradient "
-        "descent), adamw and radam move a relaxation of them, whose codes count.",
-        choices=("discrete", "coordinate_descent", "original", "adamw", "radam"),
+    optimizer: str | None = _setting(
+        None,
+        "What chooses the codes: discrete and coordinate_descent move weights on the grid, gptq rounds column by "
+        "column under --calib; original (gradient descent), adamw and radam move a relaxation, whose codes count "
+        "[default: gptq for layers whose second moments --calib has, else discrete].",
+        choices=("discrete", "coordinate_descent", "gptq", "original", "adamw", "radam"),
     )
-    num_iter: int = _setting(
-        1000, "Iterations of learned rounding at most; it stops when the error no longer falls.", minimum=1
-    )
+    num_iter: int = _setting(1000, "Most iterations of learned rounding; it stops when the error rests.", minimum=1)
     lr: float = _setting(0.05, "Learning rate of a relaxation, in steps of the grid.", minimum=0.0, maximum=1e6)
     lr_schedule: str = _setting(
         "adaptive",
@@ -132,7 +131,6 @@ class Rounding:
         minimum=0.0,
         maximum=8.0,
     )
-
     scale_rounds: int = _setting(
         0, "Rounds of block scales (NVFP4, MXFP8) for the chosen codes, and codes again; for both sides.", minimum=0
     )
@@ -199,7 +197,7 @@ class Selection:
 
 
 _OF_SEARCH = ("scale_search", "coherence")
-_OF_RELAXATION, _ON_THE_GRID = ("lr", "lr_schedule"), ("discrete", "coordinate_descent")
+_RELAXATIONS, _OF_RELAXATION = ("original", "adamw", "radam"), ("lr", "lr_schedule")
 _OF_LEARNING = (
     *("optimizer", "num_iter", *_OF_RELAXATION, "top_p", "min_k", "max_k"),
     *("projection", "plain_weight", "spectrum", "scale_rounds", "seed"),
@@ -222,6 +220,8 @@ class Conversion:
             check_ranges(part)
             part.check()
         check_ranges(self)
+        if self.rounding.optimizer == "gptq" and self.calibration.calib is None:
+            raise InputError("--optimizer gptq: needs the statistics of --calib; lrq calibrate makes them")
         other = replace(self.storage, nvfp4=False, full_precision_matrix_mult=False) != Storage()
         if self.selection.target_bits is not None and other:
             raise InputError("--target_bits: chooses among NVFP4, FP8 and MXFP8 by itself; leave other formats away")
@@ -237,11 +237,11 @@ class Conversion:
         default = Conversion().settings()
         changed = {name for name, value in self.settings().items() if value != default[name]}
         family = self.storage.family
-        searches, solver = family in ("nvfp4", "mxfp8"), self.rounding.optimizer
+        searches, solver = family in ("nvfp4", "mxfp8"), self.rounding.optimizer or "discrete"
         reasons = {
             **({} if searches else dict.fromkeys(_OF_SEARCH, f"{family.upper()} has no block scales to search")),
             **({"coherence": "--scale_search off"} if searches and not self.rounding.scale_search else {}),
-            **(dict.fromkeys(_OF_RELAXATION, f"--optimizer {solver}") if solver in _ON_THE_GRID else {}),
+            **({} if solver in _RELAXATIONS else dict.fromkeys(_OF_RELAXATION, f"--optimizer {solver}")),
             **(dict.fromkeys(_OF_LEARNING, "--simple") if self.rounding.simple else {}),
             **({"bias_correction": "there is no --calib"} if self.calibration.calib is None else {}),
             **({} if self.calibration.simulate else {"calib_samples": "there is no --simulate"}),

@@ -13,7 +13,7 @@ class Calibration:
     """What is made of statistics of the layers' inputs."""
 
     calib: str | None = _setting(
-        None, "Statistics of the layers' inputs (lrq calibrate): measured ones also correct biases.", metavar="FILE"
+        None, "Statistics of the layers' inputs (lrq calibrate): codes and block scales follow them.", metavar="FILE"
     )
     simulate: str | None = _setting(
         None,

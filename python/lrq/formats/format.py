@@ -30,6 +30,8 @@ class Format(ABC):
     """Whether :meth:`quantize` can search block scales."""
     last_scale: ClassVar[int] = 0
     """The largest code of a block scale, of a format with a scale search."""
+    scale_reach: ClassVar[range] = range(0)
+    """Codes of block scales that are tried under statistics of the inputs, counted from the block's own."""
 
     tile_rows: ClassVar[int] = 1
     """Rows of a part of a weight that is quantized by itself come in multiples of this."""

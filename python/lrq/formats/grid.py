@@ -19,6 +19,8 @@ class Grid:
     name: str
     largest: float
     nearest: Callable[[Tensor], Tensor]
+    members: tuple[float, ...] | None = None
+    """Those that are not negative, rising, where they are few; the grid is symmetric."""
 
     def gap(self, y: Tensor) -> Tensor:
         """Distance of the two grid values around y, float32."""
@@ -28,7 +30,18 @@ class Grid:
         exponent = torch.frexp(y.abs().clamp(min=least)).exponent - 1
         return torch.ldexp(torch.ones_like(y), exponent - spacing.mantissa)
 
+    def on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """``nearest`` with the fewest kernels, for loops over small tensors: the sign of zero may differ."""
+        if self.members is None:
+            return self.nearest
+        values = torch.tensor([*(-v for v in reversed(self.members[1:])), *self.members])
+        middle = (values[1:] + values[:-1]) / 2
+        # A tie goes to the lower value, unless the border is just below it.
+        border = torch.where(self.nearest(middle) > middle, middle.nextafter(middle - 1), middle).to(device)
+        values = values.to(device)
+        return lambda y: values[torch.bucketize(y, border)]
 
-E2M1 = Grid("E2M1", 6.0, nearest_e2m1)
+
+E2M1 = Grid("E2M1", 6.0, nearest_e2m1, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 E4M3 = Grid("E4M3", 448.0, lambda y: encode_e4m3(y).float())
 INT8 = Grid("INT8", 127.0, lambda y: y.round().clamp(-127, 127))

@@ -26,6 +26,7 @@ class Mxfp8(Format):
     tile_rows: ClassVar[int] = 128
     has_scale_search: ClassVar[bool] = True
     last_scale: ClassVar[int] = 254
+    scale_reach: ClassVar[range] = range(-2, 2)
 
     @property
     def name(self) -> str:

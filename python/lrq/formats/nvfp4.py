@@ -26,6 +26,7 @@ class Nvfp4(Format):
     tile_rows: ClassVar[int] = 128
     has_scale_search: ClassVar[bool] = True
     last_scale: ClassVar[int] = 126
+    scale_reach: ClassVar[range] = range(-8, 7)
 
     @property
     def matrix_scale(self) -> str | None:

@@ -28,9 +28,18 @@ class OutputError:
     """E|Ex|²"""
     mean: float
     """|Eμ|², the part of the noise that a bias can take away."""
+    nearest: float
+    """E|E0 x|², E0 the error of round-to-nearest with amax scales."""
 
     def __add__(self, other: OutputError) -> OutputError:
-        return OutputError(self.signal + other.signal, self.noise + other.noise, self.mean + other.mean)
+        return OutputError(
+            self.signal + other.signal, self.noise + other.noise, self.mean + other.mean, self.nearest + other.nearest
+        )
+
+    @property
+    def of_nearest(self) -> float:
+        """sqrt(E|E0 x|² / E|Wx|²)"""
+        return (max(self.nearest, 0.0) / self.signal) ** 0.5 if self.signal > 0 else 0.0
 
     @property
     def before(self) -> float:
@@ -76,18 +85,21 @@ def corrected(bias: Tensor, shift: Tensor) -> Tensor:
     return moved
 
 
-def output_error(w: Tensor, stored: Tensor, stats: InputStats) -> OutputError:
-    """The error of the outputs under the statistics, for ``w`` and ``stored`` [N,K].
+def output_error(w: Tensor, stored: Tensor, nearest: Tensor, stats: InputStats) -> OutputError:
+    """The error of the outputs under the statistics, for a weight, what is stored of it, and its nearest codes.
+
+    All are [N,K], or [E,N,K] of a bank whose experts have the same inputs.
 
     Second moments that are not there count as those of uncorrelated inputs around the mean.
     """
-    total = OutputError(0.0, 0.0, 0.0)
-    rows = max(1, CHUNK // w.shape[1])
+    total = OutputError(0.0, 0.0, 0.0, 0.0)
+    rows = max(1, CHUNK // w.shape[-1])
     form = _SecondMoment(stats, w.device)
-    for exact, ours in zip(w.split(rows), stored.split(rows), strict=True):
+    parts = (one.flatten(0, -2).split(rows) for one in (w, stored, nearest))
+    for exact, ours, plain in zip(*parts, strict=True):
         error = ours.float() - exact.float()
         mean = (error @ form.mean).double().square().sum().item()
-        total += OutputError(form(exact.float()), form(error), mean)
+        total += OutputError(form(exact.float()), form(error), mean, form(plain.float() - exact.float()))
     return total
 
 
@@ -99,7 +111,7 @@ class _SecondMoment:
         self._gram = None if stats.gram is None else stats.gram.to(device)
         second = stats.second
         if stats.vectors is not None and stats.values is not None:
-            factor = stats.vectors.double() * stats.values.double().sqrt()
+            factor = stats.vectors.double() * stats.values.double().clamp(min=0).sqrt()
         else:
             factor = stats.mean[:, None]
         self._factor = factor.float().to(device)

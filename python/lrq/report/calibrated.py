@@ -8,12 +8,18 @@ from dataclasses import dataclass
 
 import torch
 
+from lrq.calibration.inputs import InputStats
+from lrq.calibration.naming import match_names
+from lrq.calibration.stats import StatsFile
 from lrq.checkpoint.header import Entry
 from lrq.checkpoint.reader import Reader
+from lrq.config import Rounding
 from lrq.dialects import comfyui
-from lrq.errors import printable
+from lrq.errors import InputError, printable
+from lrq.formats import Format, Tensors
 from lrq.models.policy import FLOAT_DTYPES, SUFFIX
 from lrq.plan import CALIBRATION, PROVENANCE
+from lrq.repair.bias import OutputError, output_error
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Changes:
     added: frozenset[str] = frozenset()
     """They had no bias, and have one now."""
     input_scales: frozenset[str] = frozenset()
+    measured: frozenset[str] = frozenset()
+    """Statistics of their inputs were there: if they were not rounded simply, codes and block scales follow those."""
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -33,14 +41,89 @@ class Changes:
         return frozenset(biases | {f"{layer}.{comfyui.INPUT_SCALE}" for layer in self.input_scales})
 
 
+@dataclass(frozen=True)
+class Expected:
+    """How a layer was made, as far as that is recorded."""
+
+    rounding: Rounding
+    own: bool
+    """By this version."""
+    measured: bool
+    """With statistics of its inputs."""
+
+    def scales_chosen(self, fmt: Format) -> bool:
+        """Whether block scales follow the codes or statistics, not the weight alone."""
+        rounding = self.rounding
+        if not fmt.has_scale_search:
+            return False
+        return rounding.scale_search if self.measured else not rounding.simple and rounding.scale_rounds > 0
+
+    def codes_chosen(self, fmt: Format) -> bool:
+        """Whether the codes are others than the nearest ones of the weight's own scales."""
+        return not self.rounding.simple or self.scales_chosen(fmt)
+
+    def calibrated(self, fmt: Format) -> bool:
+        """Codes or block scales follow statistics, which are not there now."""
+        return self.measured and self.codes_chosen(fmt)
+
+
 def recorded_changes(output: Reader) -> Changes:
     """What the file records; nothing where it records nothing that can be read."""
     try:
         entry = json.loads(output.header.metadata[PROVENANCE])[CALIBRATION]
-        keys = ("corrected_biases", "added_biases", "input_scales")
+        keys = ("corrected_biases", "added_biases", "input_scales", "measured_layers")
         return Changes(*(frozenset(map(str, entry.get(key, ()))) for key in keys))
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return Changes()
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What statistics of a layer's inputs say of its outputs."""
+
+    statistics: str
+    """Which those are."""
+    error: OutputError
+    corrected: bool
+    """Whether its bias took the mean error."""
+
+
+class Predictions:
+    """Predicts by a file of statistics, for a file with layers of some names.
+
+    Raises:
+        InputError: no layer has statistics, or they are of another model.
+    """
+
+    def __init__(self, stats: StatsFile, layers: Collection[str], changes: Changes) -> None:
+        self._stats, self._changes = stats, changes
+        self._names, _ = match_names([name for name in stats if name not in stats.transposed], set(layers))
+        if not self._names:
+            raise InputError(f"{stats.path}: has no quantized layer; the statistics are of another model")
+
+    def of(self, name: str, fmt: Format, tensors: Tensors, w: torch.Tensor) -> Predicted | None:
+        """For a layer with this weight [N,K] or [E,N,K] and stored tensors; None without statistics of it.
+
+        Raises:
+            InputError: they have another width.
+        """
+        if name not in self._names:
+            return None
+        known = self._names[name]
+        if self._stats.columns(known) != w.shape[-1]:
+            raise InputError(
+                f"{self._stats.path}: layer {printable(known)} has {self._stats.columns(known)} inputs, the weight "
+                f"has {w.shape[-1]}; they are of another model"
+            )
+        stats, corrected = self._stats[known], name in self._changes.corrected | self._changes.added
+        return Predicted(stats.about, error_of_outputs(fmt, tensors, w, stats), corrected)
+
+
+def error_of_outputs(fmt: Format, tensors: Tensors, w: torch.Tensor, stats: InputStats) -> OutputError:
+    """That of stored tensors of a weight [N,K] or of a bank [E,N,K], whose experts have the same inputs."""
+    single = w.float() if w.dtype == torch.float64 else w
+    shape = tuple(w.shape)
+    return output_error(w, fmt.dequantize(tensors, shape), fmt.dequantize(fmt.quantize(single, None), shape), stats)
 
 
 def check_changes(output: Reader, source: Reader | None, changes: Changes, quantized: Collection[str]) -> Iterator[str]:

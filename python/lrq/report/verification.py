@@ -9,21 +9,25 @@ from typing import Any
 
 import torch
 
+from lrq.calibration.stats import StatsFile
 from lrq.checkpoint.header import BITS
 from lrq.checkpoint.reader import Reader
-from lrq.config import Conversion, Rounding
+from lrq.config import Conversion
 from lrq.config.calibration import Calibration
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.formats import Format, Shape, Tensors, read_format
 from lrq.models.policy import FLOAT_DTYPES
 from lrq.plan import PROVENANCE, Plan, make_plan, recorded, source_markers
-from lrq.report.calibrated import Changes, check_changes, recorded_changes
+from lrq.report.calibrated import Changes, Expected, Predicted, Predictions, check_changes, recorded_changes
 from lrq.report.error import GROUP, LayerError, measure
 from lrq.report.stored import check_dimensions, check_values, read_tensors, same_bytes, stored_shape
 
 WORSE_THAN_NEAREST = 1.5
 """A layer with more than this times the error of round-to-nearest was not made from this source, or wrongly."""
+WORSE_WHEN_MEASURED = 10.0
+"""The same of a layer that was rounded under statistics of its inputs: its error is where they are small. The damping
+of GPTQ allows a hundredfold square."""
 OUTLIER = 5.0
 """So was one that has neighbouring weights with more than this times what is expected of them: learned rounding leaves
 less than 4 times on real models."""
@@ -38,6 +42,8 @@ class LayerReport:
     shape: Shape
     error: LayerError | None
     """None without a source, or where the source's layer is quantized already."""
+    predicted: Predicted | None = None
+    """What statistics of its inputs say; None without them."""
 
 
 @dataclass
@@ -62,9 +68,15 @@ class Verification:
 
 
 def verify_file(
-    output: Reader, source: Reader | None, on_layer: Callable[[LayerReport], None] = lambda layer: None
+    output: Reader,
+    source: Reader | None,
+    on_layer: Callable[[LayerReport], None] = lambda layer: None,
+    stats: StatsFile | None = None,
 ) -> Verification:
-    """Check names, shapes, dtypes, markers, padding, finiteness, unchanged tensors; measure what error remains."""
+    """Check names, shapes, dtypes, markers, padding, finiteness, unchanged tensors; measure what error remains.
+
+    With ``stats`` of the inputs, that of the outputs as well.
+    """
     result = Verification()
     if source is not None and (other := _other_source(output, source)) is not None:
         # Every other check would fail as well, and bury the reason.
@@ -76,7 +88,7 @@ def verify_file(
     result.failures += _unmarked(output, markers)
     provenance = output.header.metadata.get(PROVENANCE)
     # What statistics did is recorded by tensor: their file need not be there.
-    settings = replace(recorded(provenance) or Conversion(), calibration=Calibration())
+    settings = _without_statistics(recorded(provenance) or Conversion())
     own = recorded(provenance, of_this_version=True) is not None
     plan: Plan | None = None
     if source is not None and recorded(provenance) is not None:
@@ -86,16 +98,18 @@ def verify_file(
             result.failures += [f"header: the recorded settings do not fit the source: {error}"] if own else []
     if own and source is not None and plan is not None:
         result.failures += _as_planned(source, plan, markers)
+    changes = recorded_changes(output)
     rounding = {layer.name: layer.rounding(settings.rounding) for layer in plan.layers} if plan else {}
+    predictions = None if stats is None else Predictions(stats, markers.keys(), changes)
     for name, marker in markers.items():
+        expected = Expected(rounding.get(name, settings.rounding), own, name in changes.measured)
         try:
-            layer = _check_layer(output, source, name, marker, rounding.get(name, settings.rounding), own)
+            layer = _check_layer(output, source, name, marker, expected, predictions)
         except ValueError as error:
             result.failures.append(f"layer {printable(name)}: {error}")
             continue
         result.layers.append(layer)
         on_layer(layer)
-    changes = recorded_changes(output)
     result.failures += check_changes(output, source, changes, markers.keys())
     if source is not None:
         result.failures += _kept_metadata(output, source)
@@ -105,6 +119,12 @@ def verify_file(
     if not markers:
         result.failures.append("no layer is quantized: the file has no marker")
     return result
+
+
+def _without_statistics(settings: Conversion) -> Conversion:
+    rounding = settings.rounding
+    optimizer = None if rounding.optimizer == "gptq" else rounding.optimizer
+    return replace(settings, calibration=Calibration(), rounding=replace(rounding, optimizer=optimizer))
 
 
 def _alignment(output: Reader) -> Iterator[str]:
@@ -155,7 +175,12 @@ def _unmarked(output: Reader, markers: comfyui.Markers) -> Iterator[str]:
 
 
 def _check_layer(
-    output: Reader, source: Reader | None, name: str, marker: dict[str, Any], rounding: Rounding, own: bool
+    output: Reader,
+    source: Reader | None,
+    name: str,
+    marker: dict[str, Any],
+    expected: Expected,
+    predictions: Predictions | None,
 ) -> LayerReport:
     entries = {suffix: output.entries.get(f"{name}.{suffix}") for suffix in comfyui.STORED}
     shapes = {suffix: entry.shape for suffix, entry in entries.items() if entry is not None}
@@ -180,31 +205,34 @@ def _check_layer(
     if original is None or source is None:
         return LayerReport(name, fmt.name, shape, None)
     w = source.read(original.name)
-    error = measure(fmt, tensors, w, rounding)
+    error = measure(fmt, tensors, w, expected.rounding)
     # The scale search gives up plain error for less error along the weight: in a few blocks that may be much.
     allowed = max(error.nearest_plain, error.searched_plain)
-    if error.plain > WORSE_THAN_NEAREST**2 * allowed:
+    limit = WORSE_WHEN_MEASURED if expected.calibrated(fmt) else WORSE_THAN_NEAREST
+    if error.plain > limit**2 * allowed:
         raise ValueError(
             f"{fmt.name}: relative error {error.frobenius:.4g} is {error.frobenius_ratio:.3g} times that of "
             "round-to-nearest; it was not made from this weight, or wrongly"
         )
-    if error.outlier > OUTLIER:
+    if error.outlier > OUTLIER and not expected.calibrated(fmt):
         raise ValueError(
             f"{fmt.name}: {GROUP} neighbouring weights have {error.outlier:.3g} times the error expected of them; "
             "some bytes are not those that were written"
         )
-    if own:
-        _check_own(fmt, tensors, w, rounding)
-    return LayerReport(name, fmt.name, shape, error)
+    if expected.own:
+        _check_own(fmt, tensors, w, expected)
+    predicted = None if predictions is None else predictions.of(name, fmt, tensors, w)
+    return LayerReport(name, fmt.name, shape, error, predicted)
 
 
-def _check_own(fmt: Format, tensors: Tensors, w: torch.Tensor, rounding: Rounding) -> None:
-    """What this version writes follows from the weight to the bit, but for the codes that learned rounding moves."""
+def _check_own(fmt: Format, tensors: Tensors, w: torch.Tensor, how: Expected) -> None:
+    """What this version writes follows from the weight to the bit, but for what learned rounding moves."""
+    rounding = how.rounding
     single = w.float() if w.dtype == torch.float64 else w
     expected = fmt.quantize(single, rounding.coherence if rounding.scale_search else None)
-    learned = () if rounding.simple else ("weight", "weight_scale") if rounding.scale_rounds else ("weight",)
+    chosen = {"weight": how.codes_chosen(fmt), "weight_scale": how.scales_chosen(fmt)}
     for suffix, tensor in expected.items():
-        if suffix not in learned and not same_bytes(tensors[suffix], tensor):
+        if not chosen.get(suffix) and not same_bytes(tensors[suffix], tensor):
             raise ValueError(f"{suffix} is not what the recorded settings give for the source's weight")
 
 

@@ -35,6 +35,12 @@ class Metric:
     """λ, the weight of the plain error |E|^2, float32 [B]."""
     left: Tensor | None = None
     """U, [B,N,k'], orthonormal columns; None: the identity, every output counts."""
+    order: Tensor | None = None
+    """int64 [K]: V's rows in this order are an upper triangular matrix, the same of all matrices; None: it has none."""
+    limits_plain: bool = True
+    """Whether |E| must stay near that of the nearest codes. What the weight tells of its inputs is a guess, and a limit
+    keeps it in check. Measured inputs are no guess: the error goes where they are small, and |E| rises as it should,
+    to about 1.2 times that of the nearest codes."""
 
     def project(self, error: Tensor) -> Tensor:
         """``U'EV``."""
@@ -64,10 +70,12 @@ class Metric:
     def select(self, index: Tensor) -> Metric:
         """That of some matrices of the batch."""
         left = None if self.left is None else self.left[index]
-        return Metric(self.right[index], self.plain_weight[index], left)
+        right = self.right[:1].expand(len(index), -1, -1) if self.order is not None else self.right[index]
+        return replace(self, right=right, plain_weight=self.plain_weight[index], left=left)
 
 
-def _aligned(directions: Tensor) -> Tensor:
+def aligned(directions: Tensor) -> Tensor:
+    """Directions [..,k] with columns of zeros up to :data:`ALIGNMENT`, on a GPU."""
     return pad(directions, (0, -directions.shape[-1] % ALIGNMENT)) if directions.is_cuda else directions
 
 
@@ -123,6 +131,11 @@ def subspace_size(shape: tuple[int, ...], top_p: float, min_k: int, max_k: int) 
     return max(1, min(max(int(top_p * smaller), min_k), max_k, smaller))
 
 
+def plain_metric(count: int, like: Tensor) -> Metric:
+    """``|E|^2`` for ``count`` matrices with as many columns as ``like`` [K]."""
+    return Metric(like.new_zeros(count, len(like), 0), like.new_ones(count))
+
+
 def weight_metric(w: Tensor, rounding: Rounding, plain_weight: float) -> Metric:
     """The metric of weights [B,N,K] by their own leading directions; ``rounding.projection`` names the sides.
 
@@ -139,5 +152,5 @@ def weight_metric(w: Tensor, rounding: Rounding, plain_weight: float) -> Metric:
     weights = values.pow(rounding.direction_power)[:, None]
     norm = weights.square().mean(-1, keepdim=True).sqrt()
     plain = plain_weight if rounding.plain_weight is None else rounding.plain_weight
-    right = _aligned(right * torch.where(norm > 0, weights / norm, 1.0))
-    return Metric(right, torch.full((len(w),), plain, device=w.device), None if left is None else _aligned(left))
+    right = aligned(right * torch.where(norm > 0, weights / norm, 1.0))
+    return Metric(right, torch.full((len(w),), plain, device=w.device), None if left is None else aligned(left))

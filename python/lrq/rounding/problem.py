@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrq.formats.grid import Grid
+from lrq.rounding.ladder import Ladder
 from lrq.rounding.metric import Metric, sum_of_squares
 
 CHUNK = 1 << 22
@@ -32,6 +33,8 @@ class Problem:
     seed: int
     unit: Tensor
     """What stored scales are multiplied by to be :attr:`scale`: powers of two, float32 [B,1,1]."""
+    ladder: Ladder | None = None
+    """What scales could be as well; None: they are what they are."""
 
     def spread_scale(self, rows: slice = slice(None)) -> Tensor:
         """The scale of every weight of some rows; broadcasts to [B,rows,K]."""
@@ -74,10 +77,20 @@ class Problem:
         plain = self.plain(values) if plain is None else plain
         return sum_of_squares(self.projected(values)) + self.metric.plain_weight * plain
 
+    def restarted(self) -> Problem:
+        """The same with the codes nearest under its scales for a start."""
+        start = torch.empty_like(self.start)
+        for part in self.parts():
+            scale = self.spread_scale(part)
+            quotient = torch.where(scale > 0, self.weight[:, part] / scale, 0.0)
+            start[:, part] = self.grid.nearest(quotient).bfloat16()
+        return replace(self, start=start)
+
     def select(self, index: Tensor) -> Problem:
         """Some matrices of the batch."""
         parts = {name: getattr(self, name)[index] for name in ("weight", "scale", "start", "unit")}
-        return replace(self, **parts, metric=self.metric.select(index))
+        ladder = None if self.ladder is None else self.ladder.select(index)
+        return replace(self, **parts, metric=self.metric.select(index), ladder=ladder)
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,8 @@ class Solution:
     iterations: list[int]
     stopped: list[str]
     """Why the solver stopped."""
+    scale: Tensor | None = None
+    """Of these values, as :attr:`Problem.scale`, where the solver chose them; None: the problem's."""
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lrq.calibration.inputs import InputStats
 from lrq.config import Rounding
 from lrq.formats import Format, Tensors
+from lrq.rounding.block_scales import weighted_scales
 from lrq.rounding.coordinate_descent import coordinate_descent
 from lrq.rounding.discrete import discrete
-from lrq.rounding.metric import weight_metric
+from lrq.rounding.gptq import gptq
+from lrq.rounding.ladder import Ladder
+from lrq.rounding.metric import Metric, plain_metric, weight_metric
+from lrq.rounding.moments import Moments, falling_order, moment_metric, sequential_metric
 from lrq.rounding.problem import Problem, Solution
 from lrq.rounding.relaxation import AdamW, Original, RAdam, Relaxation
-from lrq.rounding.scales import refine_scales
+from lrq.rounding.scales import Solve, refine_scales
 
-SOLVERS: dict[str, Callable[[Problem, Rounding], Solution]] = {
+SOLVERS: dict[str, Solve] = {
     "discrete": discrete,
     "coordinate_descent": coordinate_descent,
     "original": Relaxation(Original),
     "adamw": Relaxation(AdamW),
     "radam": Relaxation(RAdam),
+    "gptq": gptq,
 }
 
 FROBENIUS_LIMIT = 1.05
-"""|E| may be this many times that of round-to-nearest with the same scales; λ is raised until it holds."""
+"""|E| may be this many times that of round-to-nearest with the same scales; λ is raised until it holds.
+Not so under statistics (:attr:`lrq.rounding.metric.Metric.limits_plain`)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class Outcome:
     """λ, as raised for the limit of |E|."""
 
 
+def solver_of(rounding: Rounding, measured: bool) -> str:
+    """Key of :data:`SOLVERS`; ``measured`` says whether second moments across inputs are known."""
+    return rounding.optimizer or ("gptq" if measured else "discrete")
+
+
 def layer_seed(seed: int, name: str) -> int:
     """Seed of a layer: bytes do not depend on the order in which layers are converted."""
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
@@ -51,20 +61,34 @@ def layer_seed(seed: int, name: str) -> int:
 
 
 def quantize_layer(
-    fmt: Format, w: Tensor, rounding: Rounding, seed: int, stats: InputStats | None = None
+    fmt: Format,
+    w: Tensor,
+    rounding: Rounding,
+    seed: int,
+    moments: Moments | None = None,
+    matrix_scale: Tensor | None = None,
 ) -> tuple[Tensors, list[Outcome]]:
     """Stored tensors of a weight [N,K] or [E,N,K], and one outcome per matrix (none for simple rounding).
 
-    ``stats`` are those of the layer's inputs, where they are known.
+    ``moments`` are those of the layer's inputs, where they are known; ``matrix_scale`` is the scale of the whole matrix
+    where ``w`` is only some of its rows, for simple rounding.
     """
     w = w.float() if w.dtype == torch.float64 else w
-    tensors = fmt.quantize(w, rounding.coherence if rounding.scale_search else None)
-    if rounding.simple:
+    tensors = fmt.quantize(w, rounding.coherence if rounding.scale_search else None, matrix_scale)
+    chooses = moments is not None and fmt.has_scale_search and rounding.scale_search
+    if rounding.simple and not chooses:
         return tensors, []
     shape = tuple(w.shape)
-    problem = problem_of(fmt, w, tensors, rounding, seed)
-    values, outcomes = learn(problem, rounding)
-    if rounding.scale_rounds and fmt.has_scale_search:
+    problem = problem_of(fmt, w, tensors, rounding, seed, moments)
+    if rounding.simple:
+        solution, outcomes = Solution(problem.start, [], []), list[Outcome]()
+    else:
+        solution, outcomes = learn(problem, rounding)
+    values = solution.values
+    if problem.ladder is not None:
+        codes = problem.ladder.index(problem.scale if solution.scale is None else solution.scale)
+        tensors = fmt.with_scale_codes(tensors, codes.view(*shape[:-1], -1))
+    elif rounding.scale_rounds and fmt.has_scale_search and moments is None:
         tensors, values, outcomes = _with_scales(fmt, tensors, problem, values, outcomes, rounding)
     return fmt.with_codes(tensors, values.view(shape).float()), outcomes
 
@@ -76,7 +100,8 @@ def _with_scales(
     plain_weight = problem.metric.plain_weight.new_tensor([one.plain_weight for one in outcomes])
     held = replace(problem, metric=replace(problem.metric, plain_weight=plain_weight))
     most = FROBENIUS_LIMIT**2 * problem.plain(problem.start)
-    tensors, found, values = refine_scales(fmt, tensors, held, values, rounding, SOLVERS[rounding.optimizer], most)
+    solve = SOLVERS[solver_of(rounding, measured=False)]
+    tensors, found, values = refine_scales(fmt, tensors, held, values, rounding, solve, most)
     objective = replace(found, metric=problem.metric).objective(values).tolist()
     return tensors, values, [replace(one, objective_after=f) for one, f in zip(outcomes, objective, strict=True)]
 
@@ -90,8 +115,13 @@ def quantize_layers(
     return [(one, outcomes[i : i + 1]) for i, one in enumerate(each)]
 
 
-def problem_of(fmt: Format, w: Tensor, tensors: Tensors, rounding: Rounding, seed: int) -> Problem:
-    """The problem of a weight [N,K] or [E,N,K] whose scales are stored already, in units of a power of two."""
+def problem_of(
+    fmt: Format, w: Tensor, tensors: Tensors, rounding: Rounding, seed: int, moments: Moments | None = None
+) -> Problem:
+    """The problem of a weight [N,K] or [E,N,K] whose scales are stored already, in units of a power of two.
+
+    With moments of the inputs the metric is theirs, and block scales that may be searched are the best ones under it.
+    """
     shape = tuple(w.shape)
     rows, columns = shape[-2:]
     prepared = fmt.prepare(w).view(-1, rows, columns)
@@ -104,9 +134,32 @@ def problem_of(fmt: Format, w: Tensor, tensors: Tensors, rounding: Rounding, see
     exponent = -torch.frexp(torch.maximum(high, -low)).exponent[:, None, None]
     prepared, compact = _times_power(prepared, exponent), _times_power(compact, exponent)
     start = start.bfloat16().view(prepared.shape)
-    metric = weight_metric(prepared, rounding, fmt.plain_weight)
     unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
-    return Problem(prepared, compact, block, start, fmt.grid, metric, seed, unit)
+    if moments is None:
+        metric = weight_metric(prepared, rounding, fmt.plain_weight)
+        return Problem(prepared, compact, block, start, fmt.grid, metric, seed, unit)
+    searches = fmt.has_scale_search and rounding.scale_search
+    metric = _measured_metric(moments, len(prepared), block[1] if searches else 1, rounding)
+    problem = Problem(prepared, compact, block, start, fmt.grid, metric, seed, unit)
+    if not searches:
+        return problem
+    rungs = fmt.scales_of(torch.arange(fmt.last_scale + 1, device=w.device)[None], tensors).flatten(0, -2)
+    ladder = Ladder(_times_power(rungs.expand(len(prepared), -1), exponent[:, 0]), fmt.scale_reach)
+    problem = replace(problem, ladder=ladder)
+    return replace(problem, scale=weighted_scales(problem, moments.weights())).restarted()
+
+
+def _measured_metric(moments: Moments, count: int, block: int, rounding: Rounding) -> Metric:
+    """The metric of statistics that the solver can use, for ``count`` matrices whose scales have ``block`` columns.
+
+    Simple rounding has no use for one.
+    """
+    if rounding.simple:
+        return plain_metric(count, moments.weights())
+    if solver_of(rounding, moments.correlated) != "gptq":
+        return moment_metric(moments, count, rounding)
+    h = moments.matrix()
+    return sequential_metric(h, count, falling_order(h.diagonal(), block))
 
 
 def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
@@ -115,28 +168,40 @@ def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
     return torch.ldexp(torch.ldexp(x, half), exponent - half).contiguous()
 
 
-def learn(problem: Problem, rounding: Rounding) -> tuple[Tensor, list[Outcome]]:
-    """Grid values [B,N,K] of a problem: never worse than the start in its metric, |E| in :data:`FROBENIUS_LIMIT`."""
-    solve = SOLVERS[rounding.optimizer]
-    solution = solve(problem, rounding)
-    values, iterations, stopped = solution.values, solution.iterations, solution.stopped
+def learn(problem: Problem, rounding: Rounding) -> tuple[Solution, list[Outcome]]:
+    """A solution that is never worse than the start in the problem's metric.
+
+    |E| is within :data:`FROBENIUS_LIMIT`, unless the metric is measured.
+    """
+    solve = SOLVERS[solver_of(rounding, problem.metric.order is not None)]
+    solution, plain_weight = solve(problem, rounding), problem.metric.plain_weight
+    if problem.metric.limits_plain:
+        solution, plain_weight = _within_limit(problem, rounding, solve, solution)
+    scale = problem.scale if solution.scale is None else solution.scale
+    before = problem.objective(problem.start)
+    after = replace(problem, scale=scale).objective(solution.values)
+    # Raising λ, or float32 in the last bits of a perfect fit, may lose against the start.
+    lost = after > before
+    values = torch.where(lost[:, None, None], problem.start, solution.values)
+    scale = torch.where(lost[:, None, None], problem.scale, scale)
+    least = torch.minimum(before, after).tolist()
+    stopped = ["nearest is best" if i else why for i, why in zip(lost.tolist(), solution.stopped, strict=True)]
+    outcomes = list(map(Outcome, solution.iterations, stopped, before.tolist(), least, plain_weight.tolist()))
+    return Solution(values, solution.iterations, stopped, scale), outcomes
+
+
+def _within_limit(problem: Problem, rounding: Rounding, solve: Solve, solution: Solution) -> tuple[Solution, Tensor]:
+    """The solution, found again with a larger λ where |E| is too large, and λ [B]."""
+    values, iterations, stopped = solution.values, list(solution.iterations), list(solution.stopped)
     plain_weight = problem.metric.plain_weight.clone()
     plain_before = problem.plain(problem.start)
     while True:
-        plain = problem.plain(values)
-        over = (plain > FROBENIUS_LIMIT**2 * plain_before).nonzero()[:, 0]
+        over = (problem.plain(values) > FROBENIUS_LIMIT**2 * plain_before).nonzero()[:, 0]
         if not len(over):
-            break
+            return Solution(values, iterations, stopped), plain_weight
         plain_weight[over] = 2 * plain_weight[over].clamp(min=0.05)
         metric = replace(problem.metric, plain_weight=plain_weight)
-        solution = solve(replace(problem, metric=metric).select(over), rounding)
-        values = values.index_copy(0, over, solution.values)
+        again = solve(replace(problem, metric=metric).select(over), rounding)
+        values = values.index_copy(0, over, again.values)
         for position, i in enumerate(over.tolist()):
-            iterations[i], stopped[i] = solution.iterations[position], solution.stopped[position]
-    before, after = problem.objective(problem.start, plain_before), problem.objective(values, plain)
-    # Raising λ, or float32 in the last bits of a perfect fit, may lose against the start.
-    lost = after > before
-    values = torch.where(lost[:, None, None], problem.start, values)
-    least = torch.minimum(before, after).tolist()
-    stopped = ["nearest is best" if i else why for i, why in zip(lost.tolist(), stopped, strict=True)]
-    return values, list(map(Outcome, iterations, stopped, before.tolist(), least, plain_weight.tolist()))
+            iterations[i], stopped[i] = again.iterations[position], again.stopped[position]

@@ -95,6 +95,7 @@ def _match(inputs: Inputs, layers: Sequence[Layer], stats: StatsFile | Simulated
         one.statistics_size = stats.size(inputs.names[one.name]) if one.name in inputs.names else 0
     about = {"name": stats.path.name, "sha256": stats.digest(), "origin": stats.origin, "layers": len(inputs.names)}
     inputs.provenance["statistics"] = about
+    inputs.provenance["measured_layers"] = sorted(inputs.names)
     missing = [layer.name for layer in layers if layer.name not in inputs.names]
     inputs.notices += [f"statistics: {rule}"] if rule else []
     inputs.notices += _said("statistics: none of", missing)

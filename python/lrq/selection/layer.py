@@ -42,6 +42,8 @@ class Layer:
 
     def rounding(self, run: Rounding) -> Rounding:
         """How its codes are chosen in a run with this rounding."""
+        if run.optimizer == "gptq" and not self.statistics_size:
+            run = replace(run, optimizer=None)
         return run if self.simple is None else replace(run, simple=self.simple)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from lrq.errors import InputError, UnfinishedError, printable
+from lrq.rounding.moments import UnfitStatisticsError
 from lrq.staging.tiles import Tile
 from lrq_kernels.dispatch import BackendError
 
@@ -28,6 +29,8 @@ def naming(tile: Tile) -> Iterator[None]:
         raise _shortage(tile, "", "--max_ram cuts it into tiles, --low_memory") from None
     except BackendError as error:
         raise InputError(str(error)) from None
+    except UnfitStatisticsError as error:
+        raise InputError(f"the statistics of layer {printable(tile.layer.name)} are of no inputs: {error}") from None
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         reason = str(error).partition("\n")[0]
         name = printable(tile.layer.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -28,7 +29,8 @@ def warm_up(tiles: Iterable[Tile], rounding: Rounding, device: torch.device) -> 
         rows = min(tile.shape[-2], max(_FEW_ROWS, fmt.tile_rows))
         few = torch.zeros(*[1] * (len(tile.shape) - 2), rows, _columns(tile), device=device)
         if fmt.refusal(tuple(few.shape)) is None:
-            quantize_layer(fmt, few, own, 0)
+            # Of gptq there is nothing to load: it is products and a factorization.
+            quantize_layer(fmt, few, replace(own, optimizer=None) if own.optimizer == "gptq" else own, 0)
 
 
 def _columns(tile: Tile) -> int:

@@ -10,13 +10,22 @@ from lrq.checkpoint.header import tensor_size
 from lrq.checkpoint.reader import CODES
 from lrq.config import Rounding
 from lrq.formats import Format, Shape
+from lrq.rounding.solve import solver_of
 from lrq.selection.layer import Layer
 
-LEARNING = {"discrete": 19, "coordinate_descent": 28}
+LEARNING = {"discrete": 19, "coordinate_descent": 28, "gptq": 40}
 RELAXING = 48
 """Bytes that learned rounding holds of a weight, by solver, as measured; the eigenvectors come on top."""
+WEIGHING = 28
+"""The same of simple rounding whose block scales follow statistics."""
+ABSORBING = 20
+"""Bytes of a weight while the error of the outputs is found."""
 EIGENVECTORS = 8
 """Bytes of an element of the smaller side's Gram matrix, for its eigenvectors."""
+SECOND_MOMENTS = 40
+"""Bytes of an element of E[xx'], while it is factored in float64."""
+TRIED = 24 << 20
+"""Bytes of the blocks whose scales are tried at a time."""
 SMALL = 1 << 20
 """Bytes that every layer needs besides its tensors."""
 
@@ -73,16 +82,21 @@ class Tile:
 
     def work(self, rounding: Rounding) -> int:
         """Bytes more while it is computed."""
-        rows, columns = self.shape[-2:]
+        statistics = 2 * self.layer.statistics_size
         widened = 4 * math.prod(self.shape) if self.layer.source.dtype == "F64" else 0
-        # Statistics, the weight that the codes stand for, and what they are multiplied into.
-        absorbing = 2 * self.layer.statistics_size + 12 * math.prod(self.shape) if self.layer.statistics_size else 0
-        widened += absorbing
-        if self.layer.rounding(rounding).simple:
-            return widened + SMALL
-        learning = LEARNING.get(rounding.optimizer, RELAXING) * math.prod(self.shape)
+        # What the codes and the nearest ones stand for, and what they are multiplied into; when it is rounded.
+        absorbing = ABSORBING * math.prod(self.shape) if statistics else 0
+        return widened + statistics + max(absorbing, self._rounding_work(self.layer.rounding(rounding))) + SMALL
+
+    def _rounding_work(self, own: Rounding) -> int:
+        (rows, columns), weights = self.shape[-2:], math.prod(self.shape)
+        measured = self.layer.statistics_size > 0
+        if own.simple:
+            weighs = measured and self.layer.format.has_scale_search and own.scale_search
+            return WEIGHING * weights + TRIED if weighs else 0
+        learning = LEARNING.get(solver_of(own, measured), RELAXING) * weights
         vectors = EIGENVECTORS * min(rows, columns) ** 2 * math.prod(self.shape[:-2])
-        return widened + learning + vectors + SMALL
+        return learning + vectors + (SECOND_MOMENTS * columns**2 + TRIED if measured else 0)
 
     def need(self, rounding: Rounding) -> int:
         """Bytes of all of it."""

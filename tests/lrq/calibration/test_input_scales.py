@@ -87,7 +87,7 @@ def test_scales_are_taken_from_a_file(tmp_path: Path, source: Path, stats: Path,
     assert [name for name in alone if name.endswith("input_scale")] == [f"{LAYERS[0]}.input_scale"]
 
 
-@pytest.mark.parametrize("flags", [(), ("--nvfp4",)])
+@pytest.mark.parametrize("flags", [(), ("--nvfp4", "--scale_search", "off")])
 def test_a_patched_file_is_that_file_and_scales(tmp_path: Path, source: Path, stats: Path, flags) -> None:
     convert(source, tmp_path / "plain.safetensors", *flags)
     result = run("actscale", tmp_path / "plain.safetensors", "--calib", stats, "-o", tmp_path / "patched.safetensors")

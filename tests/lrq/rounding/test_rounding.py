@@ -44,7 +44,8 @@ def cases() -> list:
 @pytest.mark.parametrize(("fmt", "w"), cases())
 def test_better_in_its_metric_and_frobenius_bounded(fmt: Format, w: Tensor) -> None:
     problem = problem_for(fmt, w)
-    values, (outcome,) = learn(problem, Rounding())
+    solution, (outcome,) = learn(problem, Rounding())
+    values = solution.values
     before, after = (problem.objective(v) for v in (problem.start, values))
     assert outcome.objective_before == pytest.approx(before)
     assert outcome.objective_after == pytest.approx(after)
@@ -141,7 +142,7 @@ def test_both_sides_and_a_small_plain_weight_lower_the_projected_error_most(opti
         rounding = replace(rounding, num_iter=10)
     problem = problem_for(FORMATS["nvfp4"], w, rounding)
     assert problem.metric.left is not None
-    values, _ = learn(problem, rounding)
+    values = learn(problem, rounding)[0].values
     before, after = (sum_of_squares(problem.projected(v)).sqrt().item() for v in (problem.start, values))
     assert after < (0.4 if optimizer == "discrete" else 0.7) * before
 
@@ -210,7 +211,7 @@ def test_subspace_size() -> None:
     assert subspace_size((1, 5), 0.0, 1, 1) == 1
 
 
-@pytest.mark.parametrize("optimizer", SOLVERS)
+@pytest.mark.parametrize("optimizer", [name for name in SOLVERS if name != "gptq"])
 def test_num_iter_bounds_the_iterations(optimizer: str) -> None:
     rounding = Rounding(num_iter=2, optimizer=optimizer)
     outcome = quantize_layer(FORMATS["nvfp4"], low_rank(128, 256), rounding, seed=0)[1][0]

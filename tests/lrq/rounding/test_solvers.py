@@ -19,13 +19,14 @@ BOTH = Rounding(projection="both", top_p=0.2, plain_weight=0.1, num_iter=300)
 ON_THE_GRID = ("discrete", "coordinate_descent")
 
 
-@pytest.mark.parametrize("optimizer", [name for name in SOLVERS if name not in ON_THE_GRID])
+@pytest.mark.parametrize("optimizer", [name for name in SOLVERS if name not in (*ON_THE_GRID, "gptq")])
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
 def test_a_relaxation_ends_on_the_grid_with_a_lower_projected_error(name: str, optimizer: str) -> None:
     fmt, w = FORMATS[name], low_rank(128, 256)
     rounding = replace(BOTH, optimizer=optimizer)
     problem = problem_of(fmt, w, fmt.quantize(w, 4.0), rounding, seed=0)
-    values, (outcome,) = learn(problem, rounding)
+    solution, (outcome,) = learn(problem, rounding)
+    values = solution.values
     before, after = (sum_of_squares(problem.projected(v)).sqrt().item() for v in (problem.start, values))
     assert after <= 0.7 * before
     assert torch.equal(fmt.grid.nearest(values.float()).bfloat16(), values)
