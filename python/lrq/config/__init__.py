@@ -220,7 +220,7 @@ class Conversion:
             check_ranges(part)
             part.check()
         check_ranges(self)
-        if self.rounding.optimizer == "gptq" and self.calibration.calib is None:
+        if self.rounding.optimizer == "gptq" and self.calibration.calib is None and self.calibration.simulate is None:
             raise InputError("--optimizer gptq: needs the statistics of --calib; lrq calibrate makes them")
         other = replace(self.storage, nvfp4=False, full_precision_matrix_mult=False) != Storage()
         if self.selection.target_bits is not None and other:
