@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrq.calibration.inputs import InputStats
 from lrq.checkpoint.reader import Reader
 from lrq.config import Conversion
 from lrq.errors import InputError
 from lrq.formats import Format
 from lrq.models.policy import SUFFIX
 from lrq.plan import make_plan
+from lrq.repair.bias import output_error
 from lrq.selection.budget import CANDIDATES, SOURCE, Point, allocate, least_bits, stored_bits, weight_of_error
 from lrq.selection.heuristics import out_of_line, relative_error, widen
+from lrq.selection.inputs import Inputs
 from lrq.selection.layer import Layer
 from lrq.selection.storage import spec_of
 
@@ -33,7 +36,7 @@ class Budget:
     bits: float
     """Of a weight, of those it decides on, without markers."""
     error: float
-    """Percent that remains of |Ŵ − W|/|W|, as a root mean square over all outputs."""
+    """Percent that remains of |Ŵ − W|/|W|, or of that of the outputs, as a root mean square over all outputs."""
     curve: list[tuple[float, float]]
     """Bits and error of other targets, from the least to the source's own."""
 
@@ -74,7 +77,7 @@ def measure_layers(source: Reader, conversion: Conversion, device: torch.device)
         free = _free_layers(layers, [layer for layer in wide.layers if layer.name not in changed])
         fixed = [layer for layer in layers if layer.name not in free]
         if free:
-            bought, budget = _spend(conversion, free, fixed, read)
+            bought, budget = _spend(conversion, free, fixed, read, wide.inputs)
             changed |= bought
     decided = {**(selection.layers or {}), **changed}
     return replace(conversion, selection=replace(selection, layers=decided or None)), budget
@@ -92,19 +95,29 @@ def _free_layers(narrow: list[Layer], wide: list[Layer]) -> dict[str, tuple[Laye
     return {layer.name: (layer, CANDIDATES if layer.name in small else CANDIDATES[1:]) for layer in free}
 
 
+def _error(fmt: Format, w: Tensor, stats: InputStats | None) -> float:
+    """|Ŵ − W|/|W| of round-to-nearest, or of its outputs where statistics of the inputs are known."""
+    if stats is None:
+        return relative_error(fmt, w)
+    single = w.float()
+    stored = fmt.dequantize(fmt.quantize(single, None), tuple(w.shape))
+    return output_error(single, stored, stored, stats).before
+
+
 def _spend(
     conversion: Conversion,
     free: dict[str, tuple[Layer, tuple[Format, ...]]],
     fixed: list[Layer],
     read: Callable[[str], Tensor],
+    inputs: Inputs,
 ) -> tuple[dict[str, dict[str, Any]], Budget]:
     """The rules that spend the budget; layers whose format is fixed take their part of it."""
     target = conversion.selection.target_bits or 0.0
     points: dict[str, list[Point]] = {}
     for name, (layer, formats) in free.items():
-        shape, w = layer.source.shape, read(name)
+        shape, w, stats = layer.source.shape, read(name), inputs.read(layer)
         points[name] = [
-            Point(fmt.name, stored_bits(fmt, shape), weight_of_error(shape) * relative_error(fmt, w) ** 2)
+            Point(fmt.name, stored_bits(fmt, shape), weight_of_error(shape) * _error(fmt, w, stats) ** 2)
             for fmt in formats
             if fmt.refusal(shape) is None
         ]

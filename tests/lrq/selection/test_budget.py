@@ -18,6 +18,7 @@ from lrq.formats import FORMATS
 from lrq.plan import make_plan
 from lrq.run import default_output
 from lrq.selection.budget import Point, allocate, least_bits, lower_hull, stored_bits
+from measured import save_for
 
 
 def random_layers(seed: int, count: int) -> dict[str, list[Point]]:
@@ -136,3 +137,17 @@ def test_a_plan_reads_no_weights_unless_told_to(tmp_path, source):
     assert [set(json.loads(one)["formats"]) for one in said] == [{"nvfp4"}, {"mxfp8"}]
     convert(source, tmp_path / "out", "--nvfp4", "--max_error", 0.05)
     assert json.loads(said[1])["output_bytes"] == (tmp_path / "out").stat().st_size
+
+
+def test_with_statistics_the_error_of_the_outputs_counts(tmp_path):
+    # The first has the larger errors, where its inputs are zero.
+    first, second = normal(256, 256, seed=1), 1 + 0.02 * normal(256, 256, seed=2)
+    first[:, :128] = 0
+    source = save(tmp_path / "in", {"blocks.0.fc.weight": first, "blocks.1.fc.weight": second})
+    x = normal(600, 256, seed=3)
+    dead = x.clone()
+    dead[:, 128:] = 0
+    calib = save_for(tmp_path / "stats", {"blocks.0.fc": dead, "blocks.1.fc": x})
+    for flags, wide in (((), "blocks.0.fc"), (("--calib", calib), "blocks.1.fc")):
+        said = json.loads(run("plan", source, "--target_bits", 6.25, *flags, "--json", "--preset", "none").stdout)
+        assert said["layers"][wide]["format"] == "float8_e4m3fn", said["layers"]
