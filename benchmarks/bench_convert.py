@@ -209,6 +209,8 @@ def main() -> None:
     try:
         # Libraries come from the disk only once.
         launched([sys.executable, "-m", "lrq.cli", "plan", str(source), "--device", device.type])
+        # Memory, or a disk, that nobody wrote to before is slower at first: that is no format's fault.
+        write_alone(source.with_name("alone"), source.stat().st_size)
         rows = [measured(name, source, args.blocks, device, args.ctq) for name in args.formats]
     finally:
         source.unlink()

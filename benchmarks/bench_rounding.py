@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,8 +25,11 @@ from lrq.config import Rounding
 from lrq.formats import FORMATS, Format
 from lrq.rounding.metric import leading_subspace, leading_subspaces, subspace_size, weight_metric
 from lrq.rounding.solve import SOLVERS, quantize_layer, quantize_layers
+from lrq.staging.memory import GPU_WORKERS
+from lrq.staging.workers import Workers
 from measure import machine
 
+REPEATS = 5
 STRONG = Rounding(projection="both", top_p=0.2, plain_weight=0.1)
 SETTINGS = {"default": Rounding(), "both, 0.2, 0.1": STRONG}
 TRIED = ("nvfp4", "mxfp8", "fp8", "int8-row")
@@ -82,12 +86,16 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    wait(device)
-    started = time.perf_counter()
-    run()
-    wait(device)
-    return time.perf_counter() - started
+def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """The median of so many runs."""
+    found = []
+    for _ in range(repeats):
+        wait(device)
+        started = time.perf_counter()
+        run()
+        wait(device)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
 
 
 def quality(sizes: list[tuple[int, int]], solvers: list[str], device: torch.device) -> list[dict[str, object]]:
@@ -128,8 +136,9 @@ def speed(models: Path | None, device: torch.device) -> list[dict[str, object]]:
     nvfp4, big = FORMATS["nvfp4"], low_rank(3072, 12288, generator)
     for setting, rounding in SETTINGS.items():
         quantize_layer(nvfp4, big, rounding, 0)
-        tell(f"3072x12288 nvfp4, {setting}", seconds(lambda r=rounding: quantize_layer(nvfp4, big, r, 0), device))
-        metric = seconds(lambda r=rounding: weight_metric(big.float()[None], r, 3.0), device)
+        run = lambda r=rounding: quantize_layer(nvfp4, big, r, 0)  # noqa: E731
+        tell(f"3072x12288 nvfp4, {setting}, median of {REPEATS}", seconds(run, device, REPEATS))
+        metric = seconds(lambda r=rounding: weight_metric(big.float()[None], r, 3.0), device, REPEATS)
         tell(f"  of it the subspace, {setting}", metric)
         if setting != "default":
             _beside_ctq(big, rounding, device, tell, rows)
@@ -146,7 +155,9 @@ def speed(models: Path | None, device: torch.device) -> list[dict[str, object]]:
     tell(f"floor of one step of 3072x12288 at {rate / 1e12:.0f} TFLOP/s", floor)
     if models is not None:
         weights = flux_weights(models)
-        tell(f"FLUX, {len(weights)} matrices", seconds(lambda: from_host_to_host(weights, device), device))
+        for count in (1, GPU_WORKERS):
+            what = f"FLUX, {len(weights)} matrices, {count} at a time"
+            tell(what, seconds(lambda n=count: from_host_to_host(weights, device, n), device))
     return rows
 
 
@@ -181,11 +192,14 @@ def flux_weights(models: Path) -> list[Tensor]:
     return [made[shape] for shape in shapes]
 
 
-def from_host_to_host(weights: list[Tensor], device: torch.device) -> None:
-    for w in weights:
+def from_host_to_host(weights: list[Tensor], device: torch.device, workers: int) -> None:
+    def convert(w: Tensor) -> list[Tensor]:
         tensors, _ = quantize_layer(FORMATS["nvfp4"], w.to(device), Rounding(), 0)
-        for tensor in tensors.values():
-            tensor.cpu()
+        return [tensor.cpu() for tensor in tensors.values()]
+
+    with Workers(workers, device) as pool:
+        for future in [pool.submit(convert, w) for w in weights]:
+            future.result()
 
 
 def subspaces(sizes: list[tuple[int, int]], device: torch.device) -> None:

@@ -10,7 +10,7 @@ from lrq_kernels.triton.arithmetic import narrow, widen
 from lrq_kernels.triton.launch import Tile, accepts, current, matrices_of
 
 _HALF = tl.constexpr(HALF)
-_WARPS = 8
+_WARPS = 4
 
 
 @triton.jit
@@ -30,6 +30,15 @@ def _gap(values, slope, MANTISSA: tl.constexpr, LEAST_OCTAVE: tl.constexpr):
     towards_zero = ((bits ^ slope.to(tl.int32, bitcast=True)) >> 31) + 1
     octave = tl.maximum((bits & 0x7FFFFFFF) - towards_zero, LEAST_OCTAVE) & 0x7F800000
     return (octave - (MANTISSA << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _to_each(x, SHARED: tl.constexpr):
+    """Every element SHARED times."""
+    if SHARED == 1:
+        return x
+    groups: tl.constexpr = x.shape[0]
+    return tl.reshape(tl.broadcast_to(x[:, None], (groups, SHARED)), (groups * SHARED,))
 
 
 @triton.jit(do_not_specialize=["key"])
@@ -55,26 +64,40 @@ def step_kernel(
     column_parts,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SHARED: tl.constexpr,
     MANTISSA: tl.constexpr,
     LEAST_OCTAVE: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """A part of contiguous matrices; ``values`` and ``x`` are those before the move."""
+    """A part of contiguous matrices; ``values`` and ``x`` are those before the move.
+
+    It is flat: the threads of a part of several rows would otherwise exchange what they hold. SHARED neighbours lie in
+    one row and have one scale, which is loaded once.
+    """
+    WEIGHTS: tl.constexpr = ROWS * COLUMNS
     part = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    row = (part // column_parts) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = (part % column_parts) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    top = (part // column_parts) * ROWS
+    left = (part % column_parts) * COLUMNS
+    index = tl.arange(0, WEIGHTS)
+    row = top + index // COLUMNS
+    column = left + index % COLUMNS
     inside = (row < rows) & (column < columns)
-    place = (batch * rows + row) * columns + column
-    w = widen(tl.load(x + place, inside, 0.0))
-    q = widen(tl.load(values + place, inside, 0.0))
-    g = widen(tl.load(gradient + place, inside, 0.0))
-    block = (batch * scale_rows + row // block_rows) * scale_columns + column // block_columns
-    scale = tl.load(scales + block, inside, 0.0)
+    begin = (batch * rows + top) * columns + left
+    place = (index // COLUMNS) * columns + index % COLUMNS
+    w = widen(tl.load(x + begin + place, inside, 0.0))
+    q = widen(tl.load(values + begin + place, inside, 0.0))
+    g = widen(tl.load(gradient + begin + place, inside, 0.0))
+    first = tl.arange(0, WEIGHTS // SHARED) * SHARED
+    its_row = top + first // COLUMNS
+    its_column = left + first % COLUMNS
+    present = (its_row < rows) & (its_column < columns)
+    block = (batch * scale_rows + its_row // block_rows) * scale_columns + its_column // block_columns
+    scale = _to_each(tl.load(scales + block, present, 0.0), SHARED)
     plain = tl.load(plain_weight + batch)
-    curvature = tl.zeros((ROWS, COLUMNS), tl.float32) + 1.0
+    curvature = tl.zeros((WEIGHTS,), tl.float32) + 1.0
     if row_curvature is not None:
-        curvature *= tl.load(row_curvature + batch * rows + row, row < rows, 0.0)
+        curvature *= _to_each(tl.load(row_curvature + batch * rows + its_row, present, 0.0), SHARED)
     if column_curvature is not None:
         curvature *= tl.load(column_curvature + batch * columns + column, column < columns, 0.0)
 
@@ -85,20 +108,25 @@ def step_kernel(
     least = (curvature + plain) * scale * (distance * _HALF)
     gains = (least > 0) & (tl.abs(slope) > least) & (tl.abs(moved) <= LARGEST)
     below = tl.load(share + batch) * 16777216.0
-    moves = gains & (_fraction(row * columns + column, key).to(tl.float32) < below) & inside
+    moves = gains & (_fraction(top * columns + left + place, key).to(tl.float32) < below) & inside
 
     q = tl.where(moves, moved, q)
     error = q * scale - w
-    tl.store(out + place, narrow(q, tl.bfloat16), inside)
-    tl.store(errors + place, narrow(error, tl.bfloat16), inside)
+    tl.store(out + begin + place, narrow(q, tl.bfloat16), inside)
+    tl.store(errors + begin + place, narrow(error, tl.bfloat16), inside)
     # In Triton's own order: adding neighbours through reshapes takes as long again as all the rest.
     total = sums + (batch * tl.num_programs(0) + part) * 2
     tl.store(total, tl.sum(error * error))
-    tl.store(total + 1, tl.sum(moves.to(tl.float32)))
+    tl.store(total + 1, tl.sum(moves.to(tl.int32)).to(tl.float32))
 
 
 def _programs(weight: Tensor, *_: object) -> int:
     return Tile(*part_shape(weight.shape[-1])).programs(weight)
+
+
+def _shared(columns: int, block_columns: int) -> int:
+    """How many neighbours, as a thread holds them, always have one scale."""
+    return 8 if columns % 8 == 0 and (block_columns % 8 == 0 or block_columns >= columns) else 1
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -146,6 +174,7 @@ def rounding_step(
             tile.across(x),
             ROWS=tile.rows,
             COLUMNS=tile.columns,
+            SHARED=_shared(columns, block_columns),
             MANTISSA=numbers.mantissa,
             LEAST_OCTAVE=numbers.least_octave,
             LARGEST=numbers.largest,

@@ -1,6 +1,7 @@
 """lrq turns safetensors checkpoints into FP8, INT8, NVFP4 or MXFP8 files that ComfyUI loads.
 
-:func:`quantize` converts a file, :func:`verify` checks one; ``pack_*`` and ``unpack_*`` work on tensors. Importing this
+:func:`quantize` converts a file, :func:`verify` checks one; ``pack_*``, ``unpack_*`` and :func:`quantize_layers` work
+on tensors. Importing this
 package does not import torch; the first use of a function does.
 """
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lrq.config import Conversion
     from lrq.errors import InputError
     from lrq.execution import Execution
+    from lrq.learning import quantize_layers
     from lrq.packing import (
         Fp8Weight,
         Int8Weight,
@@ -37,6 +39,7 @@ _HOME = {
     "Conversion": "config",
     "InputError": "errors",
     "Execution": "execution",
+    "quantize_layers": "learning",
     "pack_nvfp4": "packing",
     "pack_mxfp8": "packing",
     "pack_fp8": "packing",
@@ -65,6 +68,7 @@ __all__ = [
     "pack_mxfp8",
     "pack_nvfp4",
     "quantize",
+    "quantize_layers",
     "unpack_fp8",
     "unpack_int8",
     "unpack_mxfp8",

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from lrq.calibration.collect import collect
-from lrq.calibration.simulate import feeds, from_norm
+from lrq.calibration.simulate import TOKENS
 from lrq.calibration.stats import SIMULATED, save_stats
 from lrq.checkpoint.reader import Reader
 from lrq.errors import InputError, counted, printable
-from lrq.models.policy import FLOAT_DTYPES, SUFFIX
+from lrq.models.policy import SUFFIX
+from lrq.selection.simulated import NORMS, SimulatedInputs
 
 BATCH = 16
 """Texts that run together."""
@@ -109,28 +110,36 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
-def simulate(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> Calibrated:
-    """Save what the norms of a checkpoint say of the layers that they feed.
+def simulate(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    kind: str = NORMS,
+    tokens: int = TOKENS,
+    lora: str | None = None,
+) -> Calibrated:
+    """Save what a checkpoint says of its layers' inputs without a run (:class:`SimulatedInputs`).
+
+    Args:
+        kind: ``norms`` or ``gaussian``.
+        tokens: that many are taken to have been seen: the more, the larger the largest.
+        lora: a LoRA of the model, whose A matrices show directions that count.
 
     Raises:
-        InputError: no layer stands behind a norm whose name is known.
+        InputError: nothing is known of any layer, or a file that can't be read.
     """
     with Reader(source) as reader:
-        entries = reader.entries
-        found = {}
-        for layer, norm in feeds(entries.keys()).items():
-            gain, bias = entries[norm + SUFFIX], entries.get(f"{norm}.bias")
-            if gain.dtype in FLOAT_DTYPES and gain.shape == entries[layer + SUFFIX].shape[-1:]:
-                shift = None if bias is None or bias.shape != gain.shape else reader.read(bias.name)
-                found[layer] = from_norm(reader.read(gain.name), shift)
+        found = SimulatedInputs(reader, kind, tokens, lora)
+        if not found:
+            raise InputError(f"{source}: no layer stands behind a norm with gains; --simulate has nothing to go by")
+        save_stats(output, found, SIMULATED, model=Path(source).name)
         linear = [
-            e.name.removesuffix(SUFFIX) for e in entries.values() if e.name.endswith(SUFFIX) and len(e.shape) == 2
+            entry.name.removesuffix(SUFFIX)
+            for entry in reader.entries.values()
+            if entry.name.endswith(SUFFIX) and len(entry.shape) == 2
         ]
-    if not found:
-        raise InputError(f"{source}: no layer stands behind a norm with gains; --simulate has nothing to go by")
-    save_stats(output, found, SIMULATED, model=Path(source).name)
-    others = sorted(set(linear) - found.keys())
-    return Calibrated(Path(output), len(found), 0, _listed("behind no norm:", others))
+        others = sorted(set(linear) - set(found))
+        return Calibrated(Path(output), len(found), 0, _listed("of which nothing is known:", others))
 
 
 def _listed(what: str, names: list[str]) -> list[str]:

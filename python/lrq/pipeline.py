@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,13 +23,13 @@ from lrq.plan import Plan
 from lrq.repair.bias import OutputError, corrected, mean_shift, output_error
 from lrq.rounding.moments import Moments
 from lrq.rounding.solve import Outcome, layer_seed, quantize_layer
-from lrq.selection.inputs import Inputs
 from lrq.selection.layer import Layer
 from lrq.staging.conveyor import Conveyor, Load, Step
 from lrq.staging.memory import MemoryPlan
 from lrq.staging.naming import naming
 from lrq.staging.places import place_on
 from lrq.staging.tiles import Tile
+from lrq.staging.workers import Workers
 
 LARGEST = 2.0**100
 """A larger weight could leave float32: rounded up to the next value of a grid, or summed over a ConvRot group."""
@@ -57,12 +57,45 @@ class LayerResult:
 OnLayer = Callable[[LayerResult], None]
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """A tile whose tensors are on their way to the disk."""
+
+    outcomes: list[Outcome]
+    error: OutputError | None
+    writes: list[Future[None]]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Statistics of a layer's inputs, and the metric that they make."""
+
+    stats: InputStats
+    moments: Moments
+
+
 @dataclass
 class _Underway:
     """A layer that is computed or written."""
 
-    result: LayerResult
-    writes: list[Future[None]] = field(default_factory=list)
+    layer: Layer
+    statistics: str = ""
+    tiles: list[Future[_Computed]] = field(default_factory=list)
+
+    def is_written(self) -> bool:
+        return all(tile.done() and all(write.done() for write in tile.result().writes) for tile in self.tiles)
+
+    def result(self) -> LayerResult:
+        """Waits until all of it is written."""
+        layer, tiles = self.layer, [tile.result() for tile in self.tiles]
+        for write in (write for tile in tiles for write in tile.writes):
+            write.result()
+        errors = [tile.error for tile in tiles if tile.error is not None]
+        output = sum(errors[1:], errors[0]) if errors else None
+        outcomes = tuple(outcome for tile in tiles for outcome in tile.outcomes)
+        corrected = bool(tiles) and layer.corrects is not None
+        about = (layer.name, layer.format.name, layer.source.shape)
+        return LayerResult(*about, outcomes, corrected, output, self.statistics)
 
 
 def run_plan(
@@ -84,21 +117,28 @@ def run_plan(
     underway: deque[_Underway] = deque()
 
     def land(wait: bool) -> None:
-        while underway and (wait or all(write.done() for write in underway[0].writes)):
-            for write in underway[0].writes:
-                write.result()
+        while underway and (wait or underway[0].is_written()):
+            result = underway.popleft().result()
             conveyor.check()
-            results.append(underway.popleft().result)
-            on_layer(results[-1])
+            results.append(result)
+            on_layer(result)
 
-    with Conveyor(source, writer, place_on(device, memory.vram_limit), memory) as conveyor:
-        quantizer = _Quantizer(source, conversion, device, plan.inputs)
+    place = place_on(device, memory.vram_limit)
+    with Conveyor(source, writer, place, memory) as conveyor, Workers(memory.workers, device) as workers:
+        quantizer = _Quantizer(source, conversion, device)
         done = {layer.name for layer in plan.layers if _is_finished(layer, writer)}
         loads = conveyor.loads(_steps(plan, writer, memory, done))
         for layer in plan.layers:
-            underway.append(_Underway(LayerResult(layer.name, layer.format.name, layer.source.shape, ())))
+            underway.append(_Underway(layer))
             if layer.name not in done:
-                _run_layer(quantizer, layer, memory, loads, conveyor, writer, underway[-1])
+                tiles, known = memory.tiles[layer.name], quantizer.known(layer, plan.inputs.read(layer))
+                underway[-1].statistics = "" if known is None else known.stats.about
+                scale = _scale_of_all(quantizer, tiles, loads, conveyor) if tiles[0].needs_scale else None
+                # The matrix's scale was computed on the stream of this thread.
+                begin = workers.submit if scale is None else workers.call_here
+                for _ in tiles:
+                    call = begin(_run_tile, quantizer, next(loads), scale, known, conveyor, writer)
+                    underway[-1].tiles.append(call)
             land(wait=False)
         for _ in loads:
             raise AssertionError("more was read than planned")
@@ -128,53 +168,28 @@ def _is_finished(layer: Layer, writer: Writer) -> bool:
     return all(f"{layer.name}.{suffix}" in writer.finished for suffix in suffixes)
 
 
-def _run_layer(
-    quantizer: _Quantizer,
-    layer: Layer,
-    memory: MemoryPlan,
-    loads: Iterator[Load],
-    conveyor: Conveyor,
-    writer: Writer,
-    underway: _Underway,
-) -> None:
-    tiles = memory.tiles[layer.name]
-    scale = None
-    if tiles[0].needs_scale:
-        largest = 0.0
-        for _ in tiles:
-            load = next(loads)
-            largest = max(largest, quantizer.largest(load))
-            conveyor.release(load)
-        scale = quantizer.scale_of(layer, largest)
-    outcomes: list[Outcome] = []
-    errors: list[OutputError] = []
-    quantizer.begin(layer)
+def _scale_of_all(quantizer: _Quantizer, tiles: Sequence[Tile], loads: Iterator[Load], conveyor: Conveyor) -> Tensor:
+    """The scale of a matrix that is read once for it, tile by tile."""
+    largest = 0.0
     for _ in tiles:
-        more, error = _run_tile(quantizer, next(loads), scale, conveyor, writer, underway.writes)
-        outcomes += more
-        errors += [] if error is None else [error]
-    output = sum(errors[1:], errors[0]) if errors else None
-    underway.result = replace(
-        underway.result,
-        outcomes=tuple(outcomes),
-        corrected=layer.corrects is not None,
-        output=output,
-        statistics=quantizer.statistics,
-    )
+        load = next(loads)
+        largest = max(largest, quantizer.largest(load))
+        conveyor.release(load)
+    return quantizer.scale_of(tiles[0].layer, largest)
 
 
 def _run_tile(
     quantizer: _Quantizer,
     load: Load,
     scale: Tensor | None,
+    known: _Known | None,
     conveyor: Conveyor,
     writer: Writer,
-    writes: list[Future[None]],
-) -> tuple[list[Outcome], OutputError | None]:
+) -> _Computed:
     """A function of its own: what it computed must not be held while the next tile is waited for."""
     tile, layer = load.tile, load.tile.layer
-    tensors, outcomes = quantizer.quantize(load, scale)
-    bias, error = quantizer.absorb(load, tensors, scale)
+    tensors, outcomes = quantizer.quantize(load, scale, known)
+    bias, error = quantizer.absorb(load, tensors, scale, known)
     parts = {f"{layer.name}.{suffix}": (begin, tensors[suffix]) for suffix, begin in tile.places().items()}
     if not tile.begin:
         parts[f"{layer.name}.{comfyui.MARKER}"] = (0, comfyui.marker_tensor(layer.marker))
@@ -182,28 +197,21 @@ def _run_tile(
             parts[f"{layer.name}.{comfyui.INPUT_SCALE}"] = (0, torch.tensor(layer.input_scale, dtype=torch.float32))
     if bias is not None:
         parts[f"{layer.name}.{comfyui.BIAS}"] = (tile.begin * bias.element_size(), bias)
-    writes += conveyor.write(load, {name: part for name, part in parts.items() if name not in writer.finished})
-    return outcomes, error
+    missing = {name: part for name, part in parts.items() if name not in writer.finished}
+    return _Computed(outcomes, error, conveyor.write(load, missing))
 
 
 class _Quantizer:
     """Computes tiles; what can go wrong with a layer is one line that names it."""
 
-    def __init__(self, source: Reader, conversion: Conversion, device: torch.device, inputs: Inputs) -> None:
-        self._source, self._conversion, self._device, self._inputs = source, conversion, device, inputs
-        self._stats: InputStats | None = None
-        self._moments: Moments | None = None
+    def __init__(self, source: Reader, conversion: Conversion, device: torch.device) -> None:
+        self._source, self._conversion, self._device = source, conversion, device
 
-    def begin(self, layer: Layer) -> None:
-        """The tiles that follow are of this layer."""
-        stats = self._stats = self._inputs.read(layer)
-        corrects = layer.corrects is not None
-        self._moments = None if stats is None else Moments(layer.format, stats, self._device, corrects)
-
-    @property
-    def statistics(self) -> str:
-        """Those of the layer, in a few words."""
-        return "" if self._stats is None else self._stats.about
+    def known(self, layer: Layer, stats: InputStats | None) -> _Known | None:
+        """What statistics say of a layer."""
+        if stats is None:
+            return None
+        return _Known(stats, Moments(layer.format, stats, self._device, layer.corrects is not None))
 
     def largest(self, load: Load) -> float:
         """The largest magnitude of a tile."""
@@ -217,27 +225,30 @@ class _Quantizer:
         assert name is not None
         return layer.format.quantize(one, None)[name]
 
-    def quantize(self, load: Load, scale: Tensor | None) -> tuple[Tensors, list[Outcome]]:
+    def quantize(self, load: Load, scale: Tensor | None, known: _Known | None) -> tuple[Tensors, list[Outcome]]:
         """Stored tensors of a tile; ``scale`` is that of the matrix, if the tile is not all of it."""
         layer = load.tile.layer
         rounding = layer.rounding(self._conversion.rounding)
         with naming(load.tile):
             w, _ = self._checked(load)
             seed = layer_seed(self._conversion.seed, layer.name)
-            return quantize_layer(layer.format, w, rounding, seed, self._moments, scale)
+            moments = None if known is None else known.moments
+            return quantize_layer(layer.format, w, rounding, seed, moments, scale)
 
-    def absorb(self, load: Load, tensors: Tensors, scale: Tensor | None) -> tuple[Tensor | None, OutputError | None]:
+    def absorb(
+        self, load: Load, tensors: Tensors, scale: Tensor | None, known: _Known | None
+    ) -> tuple[Tensor | None, OutputError | None]:
         """The tile's part of the corrected bias, if it moves, and what the statistics say of its outputs."""
-        tile, layer, stats = load.tile, load.tile.layer, self._stats
-        if stats is None:
+        tile, layer = load.tile, load.tile.layer
+        if known is None:
             return None, None
         with naming(tile):
             w = _weight(load)
             stored = layer.format.dequantize(tensors, tile.shape)
-            error = output_error(w, stored, self._nearest(layer, w, scale), stats)
+            error = output_error(w, stored, self._nearest(layer, w, scale), known.stats)
             if layer.corrects is None:
                 return None, error
-            shift = mean_shift(w, stored, stats.mean.to(self._device))
+            shift = mean_shift(w, stored, known.stats.mean.to(self._device))
             try:
                 return corrected(self._bias(tile).to(self._device), shift), error
             except ValueError as problem:

@@ -113,7 +113,7 @@ def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...],
     _refuse_unmarked(source, markers, decisions.dropped.keys())
     tensors: list[tuple[str, str, Shape]] = []
     copied, dropped = [], []
-    inputs = use_inputs(layers, source.entries, conversion.calibration, str(source.path))
+    inputs = use_inputs(layers, source, conversion.calibration)
     moved = {f"{layer.name}.{comfyui.BIAS}" for layer in layers if layer.corrects is not None}
     known: dict[tuple[object, ...], tuple[dict[str, object], list[tuple[str, str, Shape]]]] = {}
     parts = [name.rpartition(".") for name in source.entries if name.endswith(comfyui.ACTIVATIONS)]

@@ -75,8 +75,9 @@ def steps() -> Iterator[tuple[str, str, str, dict[str, str], dict[str, Any]]]:
 
     for name, grid in GRIDS.items():
         rows, columns = part_shape(3072)
+        shared = 1 if name == "int8" else 8
         numbers = {"MANTISSA": grid.mantissa, "LEAST_OCTAVE": grid.least_octave, "LARGEST": grid.largest}
-        config = {"ROWS": rows, "COLUMNS": columns, "num_warps": 8} | numbers
+        config = {"ROWS": rows, "COLUMNS": columns, "SHARED": shared, "num_warps": 4} | numbers
         yield f"step {name}", "rounding_step", "step_kernel", STEPS | {"key": "i32"}, config
 
 

@@ -2,7 +2,7 @@
 
 A norm's output is g·z + b, and z has mean 0 and variance 1 over the features of a token; taken as the same for each
 feature over the tokens, the mean is b and the second moment g² + b². That is a guess: it shapes a metric or an input
-scale, never a bias (``origin`` is ``simulated``).
+scale, never a bias (``origin`` is ``simulated``). All is computed in closed form: there is no sample, and no noise.
 """
 
 from __future__ import annotations
@@ -34,12 +34,31 @@ FEEDS: tuple[tuple[str, str], ...] = (
     (r"blocks\.(\d+)\.norm2$", r"blocks.{0}.mlp.{fc1,fc_in}"),
 )
 """The end of a norm's name, and the layers that it feeds: {0} is the block's number, {0+1} the next, {a,b} either."""
+FRONTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    # BERT.
+    (r"encoder\.layer\.(\d+)\.output\.dense$", ("encoder.layer.{0}.intermediate.dense",)),
+    # Llama, Mistral, Qwen.
+    (r"layers\.(\d+)\.mlp\.down_proj$", ("layers.{0}.mlp.gate_proj", "layers.{0}.mlp.up_proj")),
+    # CLIP.
+    (r"layers\.(\d+)\.mlp\.fc2$", ("layers.{0}.mlp.fc1",)),
+    # T5, UMT5.
+    (
+        r"block\.(\d+)\.layer\.1\.DenseReluDense\.wo$",
+        ("block.{0}.layer.1.DenseReluDense.wi_0", "block.{0}.layer.1.DenseReluDense.wi_1"),
+    ),
+    # Transformers of images.
+    (r"blocks\.(\d+)\.mlp\.fc2$", ("blocks.{0}.mlp.fc1",)),
+)
+"""The end of a layer's name, and the layer whose activation it reads, or of two the one that opens the other."""
 UNLIKE = ("pre_feedforward_layernorm", "k_norm_scale_shift")
 """Parts of names whose models use these names in another way: Gemma's gains count from 1, and its norms stand apart."""
-TOKENS = 4096
+TOKENS = 64
 """What a simulated layer counts as: little, beside measured ones."""
-DEVIATIONS = 4.0
-"""The largest of that many normal numbers, about: its probability to be exceeded is 1 in 16000."""
+
+
+def deviations(tokens: int, columns: int) -> float:
+    """The largest of that many tokens' normal numbers: as many as that are expected to exceed it is one half."""
+    return -torch.special.ndtri(torch.tensor(0.25 / (tokens * columns), dtype=torch.float64)).item()
 
 
 def feeds(keys: Collection[str]) -> dict[str, str]:
@@ -60,6 +79,23 @@ def feeds(keys: Collection[str]) -> dict[str, str]:
     return found
 
 
+def fronts(keys: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The layers whose activation it reads, by layer, where all of them have a ``.weight`` among ``keys``."""
+    if any(part in key for key in keys for part in UNLIKE):
+        return {}
+    found: dict[str, tuple[str, ...]] = {}
+    for key in sorted(keys):
+        layer = key.removesuffix(".weight")
+        for pattern, templates in FRONTS:
+            match = re.search(pattern, layer) if layer != key else None
+            if match is None or not (match.start() == 0 or layer[match.start() - 1] == "."):
+                continue
+            before = tuple(layer[: match.start()] + one.replace("{0}", match[1]) for one in templates)
+            if all(f"{one}.weight" in keys for one in before):
+                found[layer] = before
+    return found
+
+
 def _layers(template: str) -> Iterator[str]:
     choice = re.search(r"\{([\w,]+)\}", template)
     if choice is None:
@@ -69,11 +105,8 @@ def _layers(template: str) -> Iterator[str]:
         yield template[: choice.start()] + one + template[choice.end() :]
 
 
-def from_norm(gain: Tensor, bias: Tensor | None) -> InputStats:
-    """Statistics of the outputs of a norm with ``gain`` [K] and ``bias`` [K], if it has one.
-
-    The histogram is that of normal numbers, in closed form.
-    """
+def from_norm(gain: Tensor, bias: Tensor | None, tokens: int = TOKENS) -> InputStats:
+    """Statistics of the outputs of a norm with ``gain`` [K] and ``bias`` [K], if it has one, over ``tokens``."""
     g = gain.double()
     b = torch.zeros_like(g) if bias is None else bias.double()
     edges = torch.tensor([bin_edge(i) for i in range(BINS - 1)], dtype=torch.float64)
@@ -83,6 +116,11 @@ def from_norm(gain: Tensor, bias: Tensor | None) -> InputStats:
     below = torch.cat(
         (torch.zeros(1, dtype=torch.float64), (upper - lower).mean(1), torch.ones(1, dtype=torch.float64))
     )
-    counts = (below * TOKENS * len(g)).round().long().diff()
-    amax = (b.abs() + DEVIATIONS * g.abs()).amax().item()
-    return InputStats(TOKENS, b, g.square() + b.square(), amax, counts)
+    counts = (below * tokens * len(g)).round().long().diff()
+    amax = (b.abs() + deviations(tokens, len(g)) * g.abs()).amax().item()
+    return InputStats(tokens, b, g.square() + b.square(), amax, counts)
+
+
+def standard_normal(columns: int, tokens: int = TOKENS) -> InputStats:
+    """Statistics of standard normal inputs [K]: what is said of a layer of which nothing is known."""
+    return from_norm(torch.ones(columns), None, tokens)

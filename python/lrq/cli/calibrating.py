@@ -13,18 +13,36 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
 @click.command(cls=DashCommand, context_settings=CONTEXT)
 @click.option("--hf", metavar="DIR", help="A Hugging Face folder of a text model: weights, config, tokenizer.")
 @click.option("--texts", metavar="FILE", help="Texts for --hf, one a line, UTF-8.")
-@click.option("--simulate", metavar="IN", help="A checkpoint: statistics from its norms alone; they move no bias.")
+@click.option("--simulate", metavar="IN", help="A checkpoint: statistics without a run, which move no bias.")
+@click.option(
+    "--inputs",
+    type=click.Choice(["norms", "gaussian"]),
+    help="For --simulate: what norms and activations give, or standard normal numbers  [default: norms]",
+)
+@click.option(
+    "--calib_samples", type=click.IntRange(min=1), help="For --simulate: tokens that were seen [default: 64]."
+)
+@click.option("--actcal_lora", metavar="FILE", help="For --simulate: a LoRA of the model; what it reads counts more.")
 @click.option("-o", "--output", required=True, metavar="FILE", help="The file of statistics to write.")
 @click.option("--max_tokens", type=click.IntRange(min=1), help="Tokens at most [default: all].")
 @click.option("--device", default="auto", show_default=True, help="Where to run the model: auto, cpu, cuda, ...")
 def calibrate(
-    hf: str | None, texts: str | None, simulate: str | None, output: str, max_tokens: int | None, device: str
+    hf: str | None,
+    texts: str | None,
+    simulate: str | None,
+    inputs: str | None,
+    calib_samples: int | None,
+    actcal_lora: str | None,
+    output: str,
+    max_tokens: int | None,
+    device: str,
 ) -> None:
     """Collect statistics of the layers' inputs, for convert --calib.
 
     \b
     Example:
       lrq calibrate --hf all-MiniLM-L6-v2 --texts sentences.txt -o stats.safetensors
+      lrq calibrate --simulate model.safetensors --actcal-lora lora.safetensors -o stats.safetensors
     """
     from lrq.cli.main import guarded
 
@@ -35,11 +53,16 @@ def calibrate(
             raise InputError("--hf: needs --texts FILE as well")
         if simulate is not None and (texts is not None or max_tokens is not None):
             raise InputError("--simulate: runs no text; leave --texts and --max_tokens away")
+        for flag, value in (("inputs", inputs), ("calib_samples", calib_samples), ("actcal_lora", actcal_lora)):
+            if simulate is None and value is not None:
+                raise InputError(f"--{flag}: is of --simulate; --hf runs on real texts")
         from lrq import calibrate as calibration
+        from lrq.calibration.simulate import TOKENS
         from lrq.run import choose_device
 
         if simulate is not None:
-            done = calibration.simulate(simulate, output)
+            many = calib_samples or TOKENS
+            done = calibration.simulate(simulate, output, kind=inputs or "norms", tokens=many, lora=actcal_lora)
         else:
             done = calibration.calibrate(
                 str(hf), str(texts), output, max_tokens=max_tokens, device=choose_device(device)

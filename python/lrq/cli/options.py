@@ -79,6 +79,18 @@ def execution_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+WITHOUT_EFFECT = {
+    "actcal_seed": "simulated inputs are taken in closed form: there is no draw",
+    "actcal_device": "there is nothing to run",
+}
+"""Flags of the manual for which there is no need, and why."""
+
+
+def _without_effect(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        click.echo(f"notice: {param.opts[0]} has no effect: {WITHOUT_EFFECT[str(param.name)]}", err=True)
+
+
 def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add a flag for every field of the configuration, and one for every preset."""
     inner = {part.__name__.lower() for part in PARTS}
@@ -86,6 +98,10 @@ def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         for setting in reversed(dataclasses.fields(part)):
             if setting.name not in inner and setting.metadata.get("flag", True):
                 command = _option(setting)(command)
+    for name in WITHOUT_EFFECT:
+        command = click.option(f"--{name}", expose_value=False, hidden=True, callback=_without_effect, metavar="VALUE")(
+            command
+        )
     return preset_options(command)
 
 
@@ -126,6 +142,7 @@ def _alternatives(ctx: click.Context, param: click.Parameter, value: tuple[str, 
 def _option(setting: dataclasses.Field[Any]) -> Callable[..., Any]:
     meta, default = setting.metadata, setting.default
     flag = f"--{setting.name}"
+    flags = (flag, *(f"--{alias}" for alias in meta.get("aliases", ())), setting.name)
     if meta.get("on_off"):
         return click.option(
             flag,
@@ -147,7 +164,7 @@ def _option(setting: dataclasses.Field[Any]) -> Callable[..., Any]:
     elif "int" in str(setting.type):
         kind = int
     return click.option(
-        flag,
+        *flags,
         type=kind,
         default=default,
         show_default=default is not None,

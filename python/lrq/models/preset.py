@@ -20,7 +20,8 @@ GENERIC = "generic"
 """The name of the policy for a model that no preset is known of."""
 _RULE_KEYS = {"why": str, "patterns": list, "formats": list, "format": str, "when": list}
 _IDENTITY_KEYS = {"keys": list, "absent": list, "shapes": dict, "unlike": list, "family": str}
-_KEYS = {"about": str, "family": str, "flags": list, "identify": list, "keep": list, "drop": list, "rules": list}
+_KEYS = {"about": str, "family": str, "flags": list, "activation": str}
+_KEYS |= {"identify": list, "keep": list, "drop": list, "rules": list}
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Preset:
     keep: tuple[Rule, ...]
     drop: tuple[Rule, ...]
     rules: tuple[Rule, ...]
+    activation: str = ""
+    """The function between the layers of a block's MLP, as lrq.calibration.activations names it; empty: not known."""
 
     def finds(self, module: str) -> bool:
         """Whether any of its patterns finds the module."""
@@ -80,7 +83,7 @@ def read_preset(name: str, table: dict[str, Any]) -> Preset:
         identify.append(Identity(**{key: _frozen(value) for key, value in identity.items()}))
     rules = {kind: tuple(read_rules(name, table, kind)) for kind in ("keep", "drop", "rules")}
     family, flags = table.get("family", name), tuple(table.get("flags", ()))
-    return Preset(name, table["about"], family, flags, tuple(identify), **rules)
+    return Preset(name, table["about"], family, flags, tuple(identify), **rules, activation=table.get("activation", ""))
 
 
 def read_rules(name: str, table: dict[str, Any], kind: str) -> Iterator[Rule]:

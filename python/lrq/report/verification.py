@@ -12,7 +12,8 @@ import torch
 from lrq.calibration.stats import StatsFile
 from lrq.checkpoint.header import BITS
 from lrq.checkpoint.reader import Reader
-from lrq.config import Calibration, Conversion
+from lrq.config import Conversion
+from lrq.config.calibration import Calibration
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.formats import Format, Shape, Tensors, read_format

@@ -13,10 +13,12 @@ from lrq.calibration.inputs import InputStats
 from lrq.calibration.naming import match_names
 from lrq.calibration.stats import StatsFile, load_stats
 from lrq.checkpoint.header import Entry
-from lrq.config import Calibration
+from lrq.checkpoint.reader import Reader
+from lrq.config.calibration import Calibration
 from lrq.dialects import comfyui
 from lrq.errors import InputError, counted, printable
 from lrq.selection.layer import Layer
+from lrq.selection.simulated import SimulatedInputs
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of biases that can be corrected."""
@@ -30,7 +32,7 @@ FEW = 3
 class Inputs:
     """What is known of the inputs of a plan's layers."""
 
-    stats: StatsFile | None = None
+    stats: StatsFile | SimulatedInputs | None = None
     names: dict[str, str] = field(default_factory=dict)
     """By layer, what the file of statistics calls it."""
     notices: list[str] = field(default_factory=list)
@@ -43,17 +45,20 @@ class Inputs:
         return None if name is None or self.stats is None else self.stats[name]
 
 
-def use_inputs(layers: Sequence[Layer], entries: Mapping[str, Entry], settings: Calibration, where: str) -> Inputs:
-    """Read the settings' files, and say of every layer what it gets.
+def use_inputs(layers: Sequence[Layer], source: Reader, settings: Calibration) -> Inputs:
+    """Read the settings' files, and say of every layer of the source what it gets.
 
     Raises:
         InputError: a file that can't be read, or that is of another model.
     """
     inputs = Inputs()
     if settings.calib is not None:
-        _match(inputs, layers, load_stats(settings.calib), where)
+        _match(inputs, layers, load_stats(settings.calib), str(source.path))
         if settings.bias_correction:
-            _correct_biases(inputs, layers, entries, settings.add_bias)
+            _correct_biases(inputs, layers, source.entries, settings.add_bias)
+    elif settings.simulate is not None:
+        simulated = SimulatedInputs(source, settings.simulate, settings.calib_samples, settings.actcal_lora)
+        _match(inputs, layers, simulated, str(source.path))
     scales: dict[str, float] = {}
     if settings.actcal:
         scales |= _calibrated(inputs, layers, settings.actcal_percentile)
@@ -68,11 +73,13 @@ def use_inputs(layers: Sequence[Layer], entries: Mapping[str, Entry], settings: 
     return inputs
 
 
-def _match(inputs: Inputs, layers: Sequence[Layer], stats: StatsFile, where: str) -> None:
+def _match(inputs: Inputs, layers: Sequence[Layer], stats: StatsFile | SimulatedInputs, where: str) -> None:
     shapes = {layer.name: layer.source.shape for layer in layers}
     usable = [name for name in stats if name not in stats.transposed]
     inputs.stats = stats
     inputs.names, rule = match_names(usable, shapes.keys())
+    if layers and not stats:
+        raise InputError(f"--simulate: no layer of {where} stands behind a norm with gains; gaussian asks for no norm")
     if layers and not inputs.names:
         raise InputError(
             f"{stats.path}: has {printable(next(iter(stats), 'nothing'))}, ..., but no layer that is quantized in "

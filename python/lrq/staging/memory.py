@@ -25,9 +25,13 @@ GPU_FLIGHTS, CPU_FLIGHTS = 3, 2
 """Layers that are read, computed and written at a time."""
 SPARE = 0.9
 """Share of the free memory of a GPU that ``--max_vram auto`` takes."""
+GPU_WORKERS = 2
+"""Layers that are learned at a time on a GPU, if it has the memory."""
 _MOST_THREADS = 8
 VRAM_SLACK = 1 << 26
 """Bytes by which torch's allocator rounds up, and libraries' workspaces."""
+LIBRARIES = 5 << 25
+"""Bytes of host memory that CUDA's libraries take beyond the warm-up, as measured: each loads what a shape needs."""
 SPREAD = 1 << 21
 """Bytes by which the same process differs from run to run."""
 SLACK = 1 << 23
@@ -43,7 +47,9 @@ class MemoryPlan:
     held: int
     """Bytes of layers between reading and writing; one layer may exceed it, alone."""
     work: int
-    """Bytes more of the layer that is computed."""
+    """Bytes more of the layers that are computed."""
+    workers: int
+    """Layers that are computed at a time."""
     threads: int
     """Threads that read, and as many that write; 0: one thing after the other."""
     host: int
@@ -63,7 +69,7 @@ def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.devic
     threads = 0 if execution.low_memory else min(_MOST_THREADS, max(2, os.cpu_count() or 1))
     buffers = PIECE * max(1, 2 * threads) if on_gpu else PIECE * max(1, threads)
     warm_up([whole(layer) for layer in layers], rounding, device)
-    base = resident() + SLACK + buffers
+    base = resident() + SLACK + buffers + (LIBRARIES if on_gpu else 0)
     if execution.ram_bytes is not None and base > execution.ram_bytes and on_gpu:
         raise InputError(f"--max_ram: the process takes {_sized(base)} without any layer; raise it to that")
     room = _room(device, execution, 0 if on_gpu else base)
@@ -75,14 +81,34 @@ def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.devic
     largest = max((tile.held() for tile in flat), default=0)
     work = max((tile.work(rounding) for tile in flat), default=0)
     flights = 1 if execution.low_memory else GPU_FLIGHTS if on_gpu else CPU_FLIGHTS
-    held = flights * largest
+    workers = _workers(layers, rounding, device, execution, flights * largest, largest + work, limit)
+    work *= workers
+    held = (flights + workers - 1) * largest
     if limit is not None:
         held = min(held, max(limit - work, 0))
     device_bytes = max(held, largest) + work
     host = max(base + (0 if on_gpu else device_bytes), peak())
     if not on_gpu:
-        return MemoryPlan(tiles, held, work, threads, host, 0)
-    return MemoryPlan(tiles, held, work, threads, host, device_bytes + VRAM_SLACK, room.limit if room else None)
+        return MemoryPlan(tiles, held, work, workers, threads, host, 0)
+    vram = device_bytes + workers * VRAM_SLACK
+    return MemoryPlan(tiles, held, work, workers, threads, host, vram, room.limit if room else None)
+
+
+def _workers(
+    layers: Sequence[Layer],
+    rounding: Rounding,
+    device: torch.device,
+    execution: Execution,
+    alone: int,
+    each: int,
+    limit: int | None,
+) -> int:
+    """Layers that are computed at a time, of which each takes so many bytes beside those of a run of one."""
+    learned = any(not layer.rounding(rounding).simple for layer in layers)
+    if device.type != "cuda" or execution.low_memory or not learned:
+        return 1
+    free = int(SPARE * torch.cuda.mem_get_info(device)[0]) if limit is None else limit
+    return GPU_WORKERS if alone + GPU_WORKERS * (each + VRAM_SLACK) <= free else 1
 
 
 @dataclass(frozen=True)

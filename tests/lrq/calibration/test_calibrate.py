@@ -78,7 +78,7 @@ def test_max_tokens_is_a_bound(texts: Path, tmp_path: Path) -> None:
 
 def test_norms_feed_the_layers_behind_them(minilm: Path, tmp_path: Path) -> None:
     result = run("calibrate", "--simulate", minilm, "-o", tmp_path / "s.safetensors")
-    assert result.exit_code == 0 and "inputs of 24 layers, simulated" in result.output, result.output
+    assert result.exit_code == 0 and "inputs of 30 layers, simulated" in result.output, result.output
     found, state = load_stats(tmp_path / "s.safetensors"), real_models.load_minilm()
     assert not found.measured
     one, norm = found["encoder.layer.1.attention.self.query"], "encoder.layer.0.output.LayerNorm"
@@ -111,6 +111,8 @@ def test_names_that_mean_something_else_feed_nothing() -> None:
         (("--hf", "D", "--simulate", "S"), "needs either"),
         (("--simulate", "S", "--max-tokens", "3"), "--simulate: runs no text"),
         (("--simulate", "S"), "no layer stands behind a norm"),
+        (("--simulate", "S", "--actcal-lora", "S"), "holds no LoRA for a layer"),
+        (("--hf", "D", "--texts", "T", "--calib-samples", "9"), "--calib_samples: is of --simulate"),
         (("--hf", "D", "--texts", "absent.txt"), "can't be read"),
         (("--hf", "D", "--texts", "E"), "holds no text"),
         (("--hf", "D", "--texts", "T"), "no text model that transformers loads"),

@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lrq.config.calibration import Calibration
 from lrq.errors import InputError
 from lrq.settings import check_ranges
 from lrq.settings import setting as _setting
@@ -195,34 +196,6 @@ class Selection:
             raise InputError("--target_bits: decides on formats by itself; leave --max_error away")
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What is made of statistics of the layers' inputs."""
-
-    calib: str | None = _setting(
-        None, "Statistics of the layers' inputs (lrq calibrate): codes and block scales follow them.", metavar="FILE"
-    )
-    bias_correction: bool = _setting(
-        True, "With measured statistics: b - (Ŵ - W)μ, so that the mean of every output stays.", on_off=True
-    )
-    add_bias: bool = _setting(False, "Give layers without a bias one that holds the correction.")
-    actcal: bool = _setting(False, "Write input_scale of FP8 and NVFP4 layers, from the statistics of --calib.")
-    actcal_percentile: float = _setting(
-        100.0, "Percent of the inputs' magnitudes that must not clip; 100: the largest.", minimum=50.0, maximum=100.0
-    )
-    input_scales: str | None = _setting(
-        None, "Take input_scale from this JSON file or checkpoint; wins over --actcal.", metavar="FILE"
-    )
-
-    def check(self) -> None:
-        """Raise :class:`InputError` for a combination that has no meaning."""
-        for name in ("actcal", "add_bias"):
-            if getattr(self, name) and self.calib is None:
-                raise InputError(f"--{name}: needs the statistics of --calib")
-        if self.add_bias and not self.bias_correction:
-            raise InputError("--add_bias: has no meaning with --bias_correction off")
-
-
 _OF_SEARCH = ("scale_search", "coherence")
 _RELAXATIONS, _OF_RELAXATION = ("original", "adamw", "radam"), ("lr", "lr_schedule")
 _OF_LEARNING = (
@@ -247,7 +220,7 @@ class Conversion:
             check_ranges(part)
             part.check()
         check_ranges(self)
-        if self.rounding.optimizer == "gptq" and self.calibration.calib is None:
+        if self.rounding.optimizer == "gptq" and self.calibration.calib is None and self.calibration.simulate is None:
             raise InputError("--optimizer gptq: needs the statistics of --calib; lrq calibrate makes them")
         other = replace(self.storage, nvfp4=False, full_precision_matrix_mult=False) != Storage()
         if self.selection.target_bits is not None and other:
@@ -271,6 +244,7 @@ class Conversion:
             **({} if solver in _RELAXATIONS else dict.fromkeys(_OF_RELAXATION, f"--optimizer {solver}")),
             **(dict.fromkeys(_OF_LEARNING, "--simple") if self.rounding.simple else {}),
             **({"bias_correction": "there is no --calib"} if self.calibration.calib is None else {}),
+            **({} if self.calibration.simulate else {"calib_samples": "there is no --simulate"}),
             **({} if self.calibration.actcal else {"actcal_percentile": "there is no --actcal"}),
         }
         return [f"--{name} has no effect: {reasons[name]}" for name in sorted(changed & reasons.keys())]

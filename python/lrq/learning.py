@@ -1,0 +1,73 @@
+"""Learned rounding of tensors: the library call for tools that hold weights in memory."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lrq.config import Rounding
+from lrq.errors import InputError, printable
+from lrq.formats import FORMATS, Tensors
+from lrq.rounding import solve
+from lrq.settings import check_ranges
+
+
+def quantize_layers(
+    weights: Sequence[Tensor], format: str = "nvfp4", *, seed: int = 0, **settings: Any
+) -> list[Tensors]:
+    """Quantize weights with learned rounding, on their device; those of one shape and dtype together.
+
+    Args:
+        weights: [N,K] or [E,N,K] each, float32, bfloat16, float16 or float64, finite.
+        format: a key of ``lrq.formats.FORMATS``: nvfp4, mxfp8, fp8, fp8-row, int8-row, ...
+        seed: the same seed gives the same codes on the same device.
+        **settings: of ``lrq convert``'s rounding, as ``projection="both"``, ``top_p=0.2``, ``simple=True``.
+
+    Returns:
+        One dict a weight, in their order: ``weight``, ``weight_scale`` and, of NVFP4, ``weight_scale_2``, as they are
+        stored (docs/FORMATS.md).
+
+    Raises:
+        InputError: no such format or setting, a value of no meaning, a shape that the format can't hold.
+    """
+    if format not in FORMATS:
+        near = difflib.get_close_matches(format, FORMATS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(FORMATS)}"
+        raise InputError(f"format {printable(format)}: no such format; {hint}")
+    rounding = _rounding(settings)
+    fmt, found = FORMATS[format], dict[int, Tensors]()
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for number, w in enumerate(weights):
+        if w.dim() not in (2, 3):
+            raise InputError(f"weight {number}: must be [N,K] or [E,N,K], is {list(w.shape)}")
+        refusal = fmt.refusal(tuple(w.shape))
+        if refusal is not None:
+            raise InputError(f"weight {number}: {format}: {refusal}")
+        own = () if w.dim() == 2 else (number,)
+        alike.setdefault((w.shape, w.dtype, w.device, *own), []).append(number)
+    for numbers in alike.values():
+        first = weights[numbers[0]]
+        if first.dim() == 3:
+            found[numbers[0]] = solve.quantize_layer(fmt, first, rounding, seed)[0]
+            continue
+        together = solve.quantize_layers(fmt, [weights[number] for number in numbers], rounding, seed)
+        found |= {number: tensors for number, (tensors, _) in zip(numbers, together, strict=True)}
+    return [found[number] for number in range(len(weights))]
+
+
+def _rounding(settings: dict[str, Any]) -> Rounding:
+    try:
+        rounding = Rounding(**settings)
+    except TypeError:
+        known = Rounding.__dataclass_fields__
+        wrong = next(name for name in settings if name not in known)
+        near = difflib.get_close_matches(wrong, known, 1)
+        raise InputError(
+            f"{wrong}: no such setting; {f'did you mean {near[0]}?' if near else 'see Rounding'}"
+        ) from None
+    check_ranges(rounding)
+    rounding.check()
+    return rounding
