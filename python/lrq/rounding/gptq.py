@@ -14,6 +14,7 @@ stay together. Powers of two are not worth that: their columns go in the order t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -27,6 +28,8 @@ OUTER = 128
 """Columns whose targets one matrix product brings up to date."""
 INNER = 32
 """The same within those, where no block of columns shares a scale that is searched."""
+_CAPTURE = threading.Lock()
+"""Before a capture torch waits for the whole device, which fails while another thread captures."""
 
 
 def gptq(problem: Problem, rounding: Rounding) -> Solution:
@@ -171,7 +174,7 @@ def _replayed(step: Callable[[], None], device: torch.device) -> Callable[[], No
     """``step``, which works on tensors that stay where they are; on a GPU captured once and launched as a whole."""
     if device.type != "cuda":
         return step
-    with torch.cuda.device(device):
+    with _CAPTURE, torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
