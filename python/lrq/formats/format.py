@@ -32,6 +32,8 @@ class Format(ABC):
     """The largest code of a block scale, of a format with a scale search."""
     scale_reach: ClassVar[range] = range(0)
     """Codes of block scales that are tried under statistics of the inputs, counted from the block's own."""
+    has_fine_scales: ClassVar[bool] = False
+    """Whether neighbouring block scales are so close that a solver gains by choosing among them itself."""
 
     tile_rows: ClassVar[int] = 1
     """Rows of a part of a weight that is quantized by itself come in multiples of this."""

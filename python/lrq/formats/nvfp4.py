@@ -27,6 +27,7 @@ class Nvfp4(Format):
     has_scale_search: ClassVar[bool] = True
     last_scale: ClassVar[int] = 126
     scale_reach: ClassVar[range] = range(-8, 7)
+    has_fine_scales: ClassVar[bool] = True
 
     @property
     def matrix_scale(self) -> str | None:

@@ -7,12 +7,14 @@ With H = RR', R upper triangular in the order of the columns, ``tr(EHE') = Σ_j 
 GPTQ (Chen et al. 2025, "The geometry of LLM quantization: GPTQ as Babai's nearest plane algorithm", theorem 1), with no
 inverse of H. Targets of a block of columns come from one matrix product (lazy updates, section 3.2 there).
 
-Where a format lets a block of columns choose its scale, every candidate rounds the whole block, and the one with the
-least sum above wins: the scale is the best one for the targets, not for the weights.
+Where a block of columns can choose among close scales, every candidate rounds the whole block, and the one with the
+least sum above wins: the scale is the best one for the targets, not for the weights. For that the columns of a block
+stay together. Powers of two are not worth that: their columns go in the order that is best for each.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -26,6 +28,8 @@ OUTER = 128
 """Columns whose targets one matrix product brings up to date."""
 INNER = 32
 """The same within those, where no block of columns shares a scale that is searched."""
+_CAPTURE = threading.Lock()
+"""Before a capture torch waits for the whole device, which fails while another thread captures."""
 
 
 def gptq(problem: Problem, rounding: Rounding) -> Solution:
@@ -48,7 +52,8 @@ def gptq(problem: Problem, rounding: Rounding) -> Solution:
 def _round_matrix(problem: Problem, order: Tensor, feedback: _Feedback) -> tuple[Tensor, Tensor]:
     """Grid values [1,N,K] of a problem with one matrix, and their scales, as the problem's."""
     run = _Run(problem.weight[0][:, order].mT.contiguous(), feedback)
-    rounded = _with_given_scales if problem.ladder is None else _with_best_scales
+    chooses = problem.ladder is not None and problem.ladder.fine
+    rounded = _with_best_scales if chooses else _with_given_scales
     scale = rounded(run, problem, order)
     return run.values[order.argsort()].mT[None].contiguous(), scale
 
@@ -169,7 +174,7 @@ def _replayed(step: Callable[[], None], device: torch.device) -> Callable[[], No
     """``step``, which works on tensors that stay where they are; on a GPU captured once and launched as a whole."""
     if device.type != "cuda":
         return step
-    with torch.cuda.device(device):
+    with _CAPTURE, torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -16,6 +16,8 @@ class Ladder:
     """float32 [B,L], rising, in the units of the weight; the first is 0, that of a block of zeros."""
     reach: range
     """Rungs that are tried, counted from the block's own."""
+    fine: bool
+    """Whether they are so close that a solver gains by choosing among them itself."""
 
     def index(self, scale: Tensor) -> Tensor:
         """int64 of scales [B,..] that are rungs."""

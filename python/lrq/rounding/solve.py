@@ -139,18 +139,18 @@ def problem_of(
         metric = weight_metric(prepared, rounding, fmt.plain_weight)
         return Problem(prepared, compact, block, start, fmt.grid, metric, seed, unit)
     searches = fmt.has_scale_search and rounding.scale_search
-    metric = _measured_metric(moments, len(prepared), block[1] if searches else 1, rounding)
+    metric = _measured_metric(moments, len(prepared), block[1] if searches and fmt.has_fine_scales else 1, rounding)
     problem = Problem(prepared, compact, block, start, fmt.grid, metric, seed, unit)
     if not searches:
         return problem
     rungs = fmt.scales_of(torch.arange(fmt.last_scale + 1, device=w.device)[None], tensors).flatten(0, -2)
-    ladder = Ladder(_times_power(rungs.expand(len(prepared), -1), exponent[:, 0]), fmt.scale_reach)
+    ladder = Ladder(_times_power(rungs.expand(len(prepared), -1), exponent[:, 0]), fmt.scale_reach, fmt.has_fine_scales)
     problem = replace(problem, ladder=ladder)
     return replace(problem, scale=weighted_scales(problem, moments.weights())).restarted()
 
 
 def _measured_metric(moments: Moments, count: int, block: int, rounding: Rounding) -> Metric:
-    """The metric of statistics that the solver can use, for ``count`` matrices whose scales have ``block`` columns.
+    """The metric of statistics that the solver can use, for ``count`` matrices; ``block`` columns stay together.
 
     Simple rounding has no use for one.
     """

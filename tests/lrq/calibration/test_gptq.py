@@ -76,9 +76,10 @@ def test_the_codes_are_those_of_the_textbook(name: str, columns: int) -> None:
     fmt, w = FORMATS[name], low_rank(24, columns)
     known = moments(fmt, inputs(500, columns))
     problem = problem_of(fmt, w, fmt.quantize(w, 4.0), Rounding(), 0, known)
-    if problem.ladder is None:
-        problem = replace(problem, block=(1, columns))
-        candidates = [problem.scale[0]]
+    if not fmt.has_fine_scales:
+        scale = problem.spread_scale().expand(problem.weight.shape).contiguous()
+        problem = replace(problem, block=(1, 1), scale=scale)
+        candidates = [scale[0]]
     else:
         candidates = [one[0] for one in problem.ladder.around(problem.scale)]
     solution, (outcome,) = learn(problem, Rounding())
@@ -201,7 +202,7 @@ def test_weighted_scales_are_the_best_ones(name: str, columns: int) -> None:
 
 
 def test_a_ladder_holds_the_scales_around_a_scale() -> None:
-    ladder = Ladder(torch.tensor([[0.0, 1, 2, 4, 8]]), range(-2, 2))
+    ladder = Ladder(torch.tensor([[0.0, 1, 2, 4, 8]]), range(-2, 2), fine=True)
     assert ladder.around(torch.tensor([[[4.0, 1.0, 0.0]]])).flatten(1).mT.tolist() == [
         [1, 2, 4, 8],
         [1, 1, 1, 2],
