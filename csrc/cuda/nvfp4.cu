@@ -136,22 +136,19 @@ class Ahead {
     uint32_t turn_ = 0;
 };
 
-// Of bfloat16. Thread blocks stay, for the sake of their table; their warps don't wait for each other, as blocks with
-// codes in doubt come unevenly. A warp does the parts of four, one row after another.
+// Of bfloat16. Thread blocks stay, for the sake of their table.
 template <bool kWhole>
 __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
     sieve_kernel(Layout layout, uint32_t spans, uint32_t parts, Found found, float coherence) {
     await_predecessor();
-    constexpr uint32_t kWarps = kSpanThreads / kWarpSize;
     __shared__ Octaves table[SieveTable::kRows];
-    __shared__ uint32_t kept[kWarps][kWarpSize];
-    __shared__ uint4 weights[kWarps][2];
+    // By turns: a thread may be a part ahead of those that still read.
+    __shared__ uint4 staged[2][kSpanTiles][1];
+    __shared__ uint4 weights[kSpanThreads / kWarpSize][2];
     __shared__ uint4 room[2][2][kSpanThreads];
     Ahead ahead(room);
-    const uint32_t first = blockIdx.x * kWarps + threadIdx.x / kWarpSize, stride = gridDim.x * kWarps;
-    const auto span_of = [&](uint32_t row) { return Span<1>(layout, spans, parts - 1 - row / kWarps, row % kWarps); };
-    if constexpr (kWhole)
-        if (first < parts) ahead.fetch(layout, blockIdx.y, span_of(first * kWarps));
+    const auto span_of = [&](uint32_t part) { return Span<1>(layout, spans, parts - 1 - part); };
+    if constexpr (kWhole) ahead.fetch(layout, blockIdx.y, span_of(blockIdx.x));
     const int64_t matrix = blockIdx.y;
     const float outer =
         layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(found.of(matrix));
@@ -160,16 +157,13 @@ __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
     if (sieved) SieveTable::fill(table, outer, static_cast<int>(threadIdx.x), kSpanThreads);
     const Quotient by_outer(outer, 0.0f);
     __syncthreads();
-    // Counted by rows, four to a part.
-    const auto after = [&](uint32_t row) {
-        return row % kWarps == kWarps - 1 ? row + (stride - 1) * kWarps + 1 : row + 1;
-    };
-    for (uint32_t row = first * kWarps; row < parts * kWarps; row = after(row)) {
-        const Span<1> span = span_of(row);
+    uint32_t turn = 0;
+    for (uint32_t part = blockIdx.x; part < parts; part += gridDim.x, turn ^= 1) {
+        const Span<1> span = span_of(part);
         Block16<BFloat16> blocks[1];
         if constexpr (kWhole) {
             ahead.take(blocks[0]);
-            if (after(row) < parts * kWarps) ahead.fetch(layout, matrix, span_of(after(row)));
+            if (part + gridDim.x < parts) ahead.fetch(layout, matrix, span_of(part + gridDim.x));
         } else {
             span.template load<false>(layout, matrix, blocks);
         }
@@ -190,16 +184,11 @@ __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
         }
         settle(block, doubt, outer, coherence, weights[threadIdx.x / kWarpSize], result);
         if (lost) result = search_rarely(block, outer, coherence);
-        if (span.full > 0) {
-            const bool signs = !lost && result.z != 0;
-            *span.codes_of(layout, matrix) =
-                signs ? make_uint2(result.x | signs_of(block, 0), result.y | signs_of(block, 4))
-                      : make_uint2(result.x, result.y);
-        } else if (span.coded > 0) {
-            *span.codes_of(layout, matrix) = make_uint2(0, 0);
-        }
-        span.keep(kept[threadIdx.x / kWarpSize], span.full > 0 ? result.z : 0u);
-        if (row % kWarps == kWarps - 1) span.store_kept(layout, matrix, kept[threadIdx.x / kWarpSize]);
+        span.store(layout, matrix, blocks, staged[turn], [&](const Block16<BFloat16>&, uint32_t& scale) {
+            scale = result.z;
+            if (lost || scale == 0) return make_uint2(result.x, result.y);
+            return make_uint2(result.x | signs_of(block, 0), result.y | signs_of(block, 4));
+        });
     }
 }
 
@@ -212,14 +201,12 @@ void run(const Layout& layout, const std::optional<Tensor>& room, float coherenc
     require(blocks <= kMaxGridX && layout.blocks < kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
     const Found found = layout.given_scale ? Found{} : find_amax<T>(layout.x, *room, stream, kOperation);
     if constexpr (kSearch && std::is_same_v<T, BFloat16>) {
-        require(blocks <= kMaxGridX / 4, "quantize_nvfp4: the matrix is too large for one launch");
         const auto kernel = whole ? sieve_kernel<true> : sieve_kernel<false>;
         const int64_t resident = resident_blocks(kOperation, kernel, kSpanThreads);
-        // No more than run at a time: each would fill a table for what is left over. Each warp does parts by itself.
+        // No more than run at a time: each would fill a table for what is left over.
         const int64_t held = std::max<int64_t>(resident / std::max<int64_t>(layout.x.batch, 1), 1);
-        const int64_t wanted = (blocks * kWarpSize + kSpanThreads - 1) / kSpanThreads;
         launch(kOperation, kernel,
-               dim3(static_cast<unsigned>(std::min(wanted, held)), static_cast<unsigned>(layout.x.batch)),
+               dim3(static_cast<unsigned>(std::min(blocks, held)), static_cast<unsigned>(layout.x.batch)),
                dim3(kSpanThreads), stream, layout, static_cast<uint32_t>(spans), static_cast<uint32_t>(blocks), found,
                coherence);
     } else {

@@ -22,14 +22,10 @@ struct Span {
     // Rows of this thread that hold weights, and rows that hold codes.
     int full, coded;
 
-    __device__ __forceinline__ Span(const nvfp4::Layout& layout, uint32_t spans, uint32_t part)
-        : Span(layout, spans, part, threadIdx.x / kWarpSize) {}
-
-    // As if this were one of the four warps.
-    __device__ __forceinline__ Span(const nvfp4::Layout& layout, uint32_t spans, uint32_t part, uint32_t as)
-        : lane(threadIdx.x % kWarpSize), warp(as) {
+    __device__ __forceinline__ Span(const nvfp4::Layout& layout, uint32_t spans, uint32_t part) {
         const uint32_t above = part / spans;
         span = part - above * spans, share = above % kShares, tile_row = above / kShares;
+        lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
         block = span * kWarpSize + lane;
         first_row = int64_t{tile_row} * nvfp4::kTileRows + warp * 32 + share * kRows;
         full = block < layout.blocks ? static_cast<int>(min(layout.x.rows - first_row, int64_t{kRows})) : 0;
@@ -59,35 +55,13 @@ struct Span {
             }
     }
 
-    // Of the first row, in this thread's block.
-    __device__ __forceinline__ uint2* codes_of(const nvfp4::Layout& layout, int64_t matrix) const {
-        return reinterpret_cast<uint2*>(layout.codes) + (matrix * layout.code_rows + first_row) * layout.blocks + block;
-    }
-
-    // Scales by a warp alone, which has been each of the four: `keep` as each, `store_kept` after the last.
-    __device__ __forceinline__ void keep(uint32_t (&kept)[kWarpSize], uint32_t scale) const {
-        reinterpret_cast<uint8_t*>(kept)[lane / 4 * 16 + warp * 4 + lane % 4] = static_cast<uint8_t>(scale);
-    }
-
-    __device__ __forceinline__ void store_kept(const nvfp4::Layout& layout, int64_t matrix,
-                                               const uint32_t (&kept)[kWarpSize]) const {
-        static_assert(kRows == 1);
-        __syncwarp();
-        const uint32_t four = kept[lane];
-        const int64_t tile = int64_t{span} * kSpanTiles + lane / 4;
-        if (tile < layout.column_tiles) {
-            const int64_t place = (matrix * layout.row_tiles + tile_row) * layout.column_tiles + tile;
-            reinterpret_cast<uint32_t*>(layout.scales + place * nvfp4::kTile)[share * 4 + lane % 4] = four;
-        }
-        __syncwarp();
-    }
-
     // `quantize(block, scale)` sets the scale and returns the codes.
     template <class T, class Quantize>
     __device__ __forceinline__ void store(const nvfp4::Layout& layout, int64_t matrix,
                                           const Block16<T> (&blocks)[kRows], uint4 (&staged)[kSpanTiles][kRows],
                                           const Quantize& quantize) const {
-        uint2* codes = codes_of(layout, matrix);
+        uint2* codes =
+            reinterpret_cast<uint2*>(layout.codes) + (matrix * layout.code_rows + first_row) * layout.blocks + block;
         uint8_t* const own = reinterpret_cast<uint8_t*>(&staged[lane / 4][0]) + warp * 4 + lane % 4;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
