@@ -182,7 +182,11 @@ def _replayed(step: Callable[[], None], device: torch.device) -> Callable[[], No
             step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads copy layers meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            step()
+        try:
+            # Other threads copy layers meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                step()
+        except RuntimeError:
+            # What can't be captured is launched kernel by kernel: slower, with the same bits.
+            return step
     return graph.replay
