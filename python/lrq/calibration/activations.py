@@ -7,7 +7,7 @@ y, with the covariance of both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,8 +29,8 @@ NODES = 32
 """Of the quadrature."""
 QUANTILES = 32
 """Of each normal, for the histogram."""
-CHUNK = 1 << 22
-"""Weights that are squared at a time."""
+CHUNK, ROWS = 1 << 22, 1 << 12
+"""Weights that are squared, and features whose products are counted, at a time."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def activated(function: str, feature: Feature, tokens: int, deviations: float) -
     values = act(feature.mean[:, None] + feature.deviation[:, None] * nodes)
     far = act(feature.mean[:, None] + feature.deviation[:, None] * torch.tensor([-deviations, deviations]))
     grid = act(feature.mean[:, None] + feature.deviation[:, None] * _quantiles())
-    return _stats(values @ weights, values.square() @ weights, far.abs().amax().item(), grid, tokens)
+    return _stats(values @ weights, values.square() @ weights, far.abs().amax().item(), [grid], tokens)
 
 
 def gated(
@@ -92,8 +92,9 @@ def gated(
     z = _quantiles()
     opened = act(y.mean[:, None] + y.deviation[:, None] * z)
     known = u.mean[:, None] + shared[:, None] * z
-    grid = opened[:, :, None] * (known[:, :, None] + left.sqrt()[:, None, None] * z)
-    return _stats(mean, second, most.amax().item(), grid, tokens)
+    parts = zip(opened.split(ROWS), known.split(ROWS), left.sqrt().split(ROWS), strict=True)
+    grids = (a[:, :, None] * (b[:, :, None] + c[:, None, None] * z) for a, b, c in parts)
+    return _stats(mean, second, most.amax().item(), grids, tokens)
 
 
 def _nodes() -> tuple[Tensor, Tensor]:
@@ -106,10 +107,10 @@ def _quantiles() -> Tensor:
     return torch.special.ndtri((torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES)
 
 
-def _stats(mean: Tensor, second: Tensor, amax: float, grid: Tensor, tokens: int) -> InputStats:
+def _stats(mean: Tensor, second: Tensor, amax: float, grids: Iterable[Tensor], tokens: int) -> InputStats:
     bins = torch.zeros(BINS, dtype=torch.int64)
-    for part in grid.flatten(1).split(max(1, CHUNK // grid[0].numel())):
-        bins += magnitude_bins(part.float())
+    for grid in grids:
+        bins += magnitude_bins(grid.float())
     # As many as that many tokens have, one at least where there is one.
     counts = (bins.double() * (tokens * len(mean) / bins.sum())).ceil().long()
     return InputStats(tokens, mean, torch.maximum(second, mean.square()), amax, counts)
