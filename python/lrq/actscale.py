@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ from lrq.calibration.stats import load_stats
 from lrq.checkpoint.header import lay_out
 from lrq.checkpoint.layout import one_file
 from lrq.checkpoint.reader import Reader
+from lrq.checkpoint.target import check_targets, target_of
 from lrq.checkpoint.writer import Writer
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.plan import CALIBRATION, PROVENANCE, source_markers
 
 FEW = 3
+_Able = tuple[float, Callable[[int], bool]]
+"""What the largest input is scaled to, and whether a layer may have so many inputs."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,9 @@ def patch_input_scales(
     Raises:
         InputError: a file that can't be read, or no layer that gets a scale.
     """
-    path = Path(output)
+    path = target_of(output)
     with Reader(source) as reader:
-        if any(path.exists() and os.path.samefile(path, file) for file in reader.files):
-            raise InputError(f"{path}: output and input are the same file")
+        check_targets([path], [*reader.files, calib, input_scales])
         largest = _able(reader)
         if not largest:
             raise InputError(f"{reader.path}: has no FP8 or NVFP4 layer of ComfyUI's, which alone take an input_scale")
@@ -72,18 +76,25 @@ def patch_input_scales(
     return Patched(path, scales, notices)
 
 
-def _able(reader: Reader) -> dict[str, float]:
-    """Layers that take an input_scale, and what their largest input is scaled to."""
-    found = {}
+def _able(reader: Reader) -> dict[str, _Able]:
+    """Layers that take an input_scale."""
+    found: dict[str, _Able] = {}
     for layer, marker in source_markers(reader).items():
         weight, limit = reader.entries.get(f"{layer}.weight"), comfyui.LARGEST_INPUT.get(str(marker.get("format")))
         if weight is not None and len(weight.shape) == 2 and limit is not None:
-            found[layer] = limit
+            stored = weight.shape[1]
+            packed = marker.get("format") == "nvfp4"
+            found[layer] = limit, partial(_fits_packed if packed else operator.eq, stored)
     return found
 
 
+def _fits_packed(stored: int, columns: int) -> bool:
+    # Two to a byte, blocks of 16.
+    return 16 * -(-columns // 16) == 2 * stored
+
+
 def _scales(
-    largest: Mapping[str, float],
+    largest: Mapping[str, _Able],
     calib: str | os.PathLike[str] | None,
     input_scales: str | os.PathLike[str] | None,
     percentile: float,
@@ -93,8 +104,16 @@ def _scales(
     if calib is not None:
         stats = load_stats(calib)
         names, rule = match_names([name for name in stats if name not in stats.transposed], largest.keys())
-        scales |= {layer: input_scale(stats.brief(name), percentile, largest[layer]) for layer, name in names.items()}
+        for layer, name in names.items():
+            limit, fits = largest[layer]
+            if not fits(stats.columns(name)):
+                raise InputError(
+                    f"{calib}: layer {printable(name)} has {stats.columns(name)} inputs, the quantized weight has "
+                    "others; they are of another model"
+                )
+            scales[layer] = input_scale(stats.brief(name), percentile, limit)
         notices += [f"statistics: {rule}"] if rule else []
+        notices += [] if stats.measured else ["the statistics are simulated: inputs larger than guessed will clip"]
     if input_scales is not None:
         values = read_input_scales(input_scales)
         names, rule = match_names(values.keys(), largest.keys())

@@ -15,6 +15,7 @@ from lrq.calibration.collect import collect
 from lrq.calibration.simulate import TOKENS
 from lrq.calibration.stats import SIMULATED, save_stats
 from lrq.checkpoint.reader import Reader
+from lrq.checkpoint.target import check_targets, target_of
 from lrq.errors import InputError, counted, printable
 from lrq.models.policy import SUFFIX
 from lrq.selection.simulated import NORMS, SimulatedInputs
@@ -55,6 +56,8 @@ def calibrate(
     Raises:
         InputError: transformers is not installed, or a file is not what it should be.
     """
+    target = target_of(output)
+    check_targets([target], [texts, *Path(folder).glob("*.safetensors")])
     lines = _lines(Path(texts))
     with Reader(folder) as reader:
         keys = [entry.name for entry in reader.entries.values() if entry.name.endswith(SUFFIX)]
@@ -71,10 +74,10 @@ def calibrate(
             model(**batch)
             tokens += int(mask.sum())
             on_batch(tokens)
-    inputs.save(output, model=Path(folder).resolve().name, tokens=str(tokens))
+    inputs.save(target, model=Path(folder).resolve().name, tokens=str(tokens))
     notices = [f"modules were matched {inputs.rule}"] if inputs.rule.strip or inputs.rule.add else []
     notices += _listed("not in the checkpoint:", inputs.unmatched) + _listed("saw no input:", inputs.unseen)
-    return Calibrated(Path(output), len(inputs.stats()), tokens, notices)
+    return Calibrated(target, len(inputs.stats()), tokens, notices)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -128,18 +131,20 @@ def simulate(
     Raises:
         InputError: nothing is known of any layer, or a file that can't be read.
     """
+    target = target_of(output)
     with Reader(source) as reader:
+        check_targets([target], [*reader.files, lora])
         found = SimulatedInputs(reader, kind, tokens, lora)
         if not found:
             raise InputError(f"{source}: no layer stands behind a norm with gains; --simulate has nothing to go by")
-        save_stats(output, found, SIMULATED, model=Path(source).name)
+        save_stats(target, found, SIMULATED, model=Path(source).name)
         linear = [
             entry.name.removesuffix(SUFFIX)
             for entry in reader.entries.values()
             if entry.name.endswith(SUFFIX) and len(entry.shape) == 2
         ]
         others = sorted(set(linear) - set(found))
-        return Calibrated(Path(output), len(found), 0, _listed("of which nothing is known:", others))
+        return Calibrated(target, len(found), 0, _listed("of which nothing is known:", others))
 
 
 def _listed(what: str, names: list[str]) -> list[str]:

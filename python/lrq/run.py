@@ -13,8 +13,9 @@ import torch
 
 from lrq.calibration.stats import load_stats
 from lrq.checkpoint.journal import Fingerprint
-from lrq.checkpoint.layout import ENDING, INDEX, Layout, Tensor, in_shards, one_file
+from lrq.checkpoint.layout import Layout, Tensor, in_shards, one_file
 from lrq.checkpoint.reader import Reader
+from lrq.checkpoint.target import check_targets, target_of
 from lrq.checkpoint.writer import Writer
 from lrq.config import Conversion
 from lrq.dialects import comfyui
@@ -30,9 +31,6 @@ from lrq.selection.resolve import resolve
 from lrq.staging.memory import MemoryPlan, plan_memory
 from lrq.staging.process import peak
 from lrq_kernels._version import __version__
-
-FOREIGN = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth")
-"""Endings of files that are not safetensors: a loader would take the output for what it is not."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +114,14 @@ def quantize(
         plan = make_plan(reader, conversion)
         stem = reader.stem if folder is None else Path(folder) / reader.stem.name
         layout = _layout(
-            default_output(stem, plan, conversion) if output is None else _target_of(output), plan, execution
+            default_output(stem, plan, conversion) if output is None else target_of(output), plan, execution
         )
-        _check_target(layout, reader)
+        used_files = (
+            conversion.calibration.calib,
+            conversion.calibration.actcal_lora,
+            conversion.calibration.input_scales,
+        )
+        check_targets({layout.target, *(file.path for file in layout.files)}, (*reader.files, *used_files))
         replaces = layout.target.exists()
         memory = plan_memory(plan.layers, conversion.rounding, chosen, execution)
         on_plan(plan)
@@ -214,33 +217,6 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     if chosen.type == "cuda" and chosen.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return chosen
-
-
-def _target_of(output: str | os.PathLike[str]) -> Path:
-    """The file that ``output`` names: behind a link, what it points to."""
-    name = os.fspath(output)
-    if not name:
-        raise InputError("--output: the name is empty; name a file")
-    if Path(name).suffix.lower() in FOREIGN:
-        raise InputError(f"{name}: lrq writes safetensors; let the name end in .safetensors")
-    if name.endswith(os.sep):
-        raise InputError(f"{name}: names a folder; name a file")
-    name = f"{name.removesuffix(INDEX)}{ENDING}" if name.endswith(INDEX) else name
-    return Path(os.path.realpath(name)) if os.path.islink(name) else Path(name)
-
-
-def _check_target(layout: Layout, source: Reader) -> None:
-    for target in {layout.target, *(file.path for file in layout.files)}:
-        if not target.parent.is_dir():
-            raise InputError(f"{target.parent}: no such folder; make it first")
-        if target.is_dir():
-            raise InputError(f"{target}: is a folder; name a file")
-        if target.exists() and not target.is_file():
-            raise InputError(f"{target}: is a device or a pipe; name a file")
-        if target.exists() and any(os.path.samefile(target, file) for file in source.files):
-            raise InputError(f"{target}: output and input are the same file")
-        if target.exists() and not os.access(target, os.W_OK):
-            raise InputError(f"{target}: exists and is read-only; name another file")
 
 
 def verify(

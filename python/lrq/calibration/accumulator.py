@@ -51,7 +51,9 @@ class Accumulator:
             rows = rows[mask.reshape(-1)]
         for chunk in rows.split(max(1, CHUNK // self.columns)):
             if len(chunk):
-                self._add(chunk.float())
+                # Sums of 16 bits, as inside autocast, are none.
+                with torch.autocast(chunk.device.type, enabled=False):
+                    self._add(chunk.float())
 
     def _add(self, x: Tensor) -> None:
         sums = self._sums or self._begin(x.device)

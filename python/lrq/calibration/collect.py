@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
@@ -43,6 +44,8 @@ class Collector:
         rank: int = RANK,
     ) -> None:
         chosen = _test_of(layers)
+        if _is_linear(model) and chosen(""):
+            raise InputError("the model is a single layer, which has no name; put it into a module")
         self._modules = {name: module for name, module in model.named_modules() if _is_linear(module) and chosen(name)}
         if not self._modules:
             raise InputError("the model has no linear layer of these names to collect inputs of")
@@ -52,6 +55,7 @@ class Collector:
         self._owner = {name: first.setdefault(id(one.weight), name) for name, one in self._modules.items()}
         self._accumulators: dict[str, Accumulator] = {}
         self._hooks: list[Any] = []
+        self._lock = threading.Lock()
         self.rule, self.unmatched = PrefixRule(), list[str]()
         """How names of modules become keys of the checkpoint, and modules that are none of its layers."""
         self._keys = {name: name for name in self._modules}
@@ -65,6 +69,8 @@ class Collector:
         self.unmatched = [name for name in self._modules if name not in self._keys]
 
     def __enter__(self) -> Collector:
+        if self._hooks:
+            raise InputError("the collector runs already; leave its with statement first")
         self._hooks = [
             module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
             for name, module in self._modules.items()
@@ -89,6 +95,10 @@ class Collector:
         return watch
 
     def _add(self, owner: str, x: Tensor) -> None:
+        with self._lock:
+            self._add_alone(owner, x)
+
+    def _add_alone(self, owner: str, x: Tensor) -> None:
         accumulator = self._accumulators.get(owner)
         if accumulator is None:
             accumulator = self._accumulators[owner] = Accumulator(x.shape[-1], **self._options)

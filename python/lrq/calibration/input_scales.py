@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from lrq.calibration.inputs import InputStats
 from lrq.errors import InputError, printable
 
 SUFFIX = ".input_scale"
+SMALLEST, LARGEST = 2.0**-126, 2.0**127
+"""What float32 holds as a normal number."""
 
 
 def input_scale(stats: InputStats, percent: float, largest: float) -> float:
@@ -26,7 +27,7 @@ def input_scale(stats: InputStats, percent: float, largest: float) -> float:
         A positive number; 1 where all inputs are 0.
     """
     magnitude = stats.amax if percent >= 100 else stats.percentile(percent)
-    return magnitude / largest or 1.0
+    return max(magnitude / largest, SMALLEST) if magnitude else 1.0
 
 
 def read_input_scales(path: str | os.PathLike[str]) -> dict[str, float]:
@@ -40,10 +41,9 @@ def read_input_scales(path: str | os.PathLike[str]) -> dict[str, float]:
     if not found:
         raise InputError(f"{file}: holds no input scale")
     for name, value in found.items():
-        if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
-            raise InputError(
-                f"{file}: layer {printable(name)}: its input scale must be a positive number, is {value!r}"
-            )
+        if not (isinstance(value, int | float) and not isinstance(value, bool) and SMALLEST <= value <= LARGEST):
+            said = printable(repr(value)[:40])
+            raise InputError(f"{file}: layer {printable(name)}: its input scale must be a positive number, is {said}")
     return {name.removesuffix(SUFFIX): float(value) for name, value in found.items()}
 
 
@@ -69,7 +69,8 @@ def _from_checkpoint(file: Path) -> dict[str, float]:
                     raise InputError(f"{file}: tensor {printable(name)} must hold one number, is {list(tensor.shape)}")
                 found[name] = float(tensor.float().item())
     except OSError as error:
-        raise InputError(f"{file}: can't be read: {error.strerror or 'no such file'}") from None
+        what = "is a folder" if file.is_dir() else f"can't be read: {error.strerror or 'no such file'}"
+        raise InputError(f"{file}: {what}") from None
     except SafetensorError as error:
         raise InputError(f"{file}: neither a .json nor a safetensors file: {printable(str(error))}") from None
     return found

@@ -18,36 +18,36 @@ from lrq.calibration.inputs import BINS, InputStats, bin_edge
 FEEDS: tuple[tuple[str, str], ...] = (
     # BERT normalises behind a sublayer: the norm of a block feeds the next one.
     (r"embeddings\.LayerNorm$", r"encoder.layer.0.attention.self.{query,key,value}"),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm$", r"encoder.layer.{0}.intermediate.dense"),
-    (r"encoder\.layer\.(\d+)\.output\.LayerNorm$", r"encoder.layer.{0+1}.attention.self.{query,key,value}"),
+    (r"encoder\.layer\.(\d{1,9})\.attention\.output\.LayerNorm$", r"encoder.layer.{0}.intermediate.dense"),
+    (r"encoder\.layer\.(\d{1,9})\.output\.LayerNorm$", r"encoder.layer.{0+1}.attention.self.{query,key,value}"),
     # Llama, Mistral, Qwen.
-    (r"layers\.(\d+)\.input_layernorm$", r"layers.{0}.self_attn.{q_proj,k_proj,v_proj,qkv_proj}"),
-    (r"layers\.(\d+)\.post_attention_layernorm$", r"layers.{0}.mlp.{gate_proj,up_proj,gate_up_proj}"),
+    (r"layers\.(\d{1,9})\.input_layernorm$", r"layers.{0}.self_attn.{q_proj,k_proj,v_proj,qkv_proj}"),
+    (r"layers\.(\d{1,9})\.post_attention_layernorm$", r"layers.{0}.mlp.{gate_proj,up_proj,gate_up_proj}"),
     # CLIP.
-    (r"layers\.(\d+)\.layer_norm1$", r"layers.{0}.self_attn.{q_proj,k_proj,v_proj}"),
-    (r"layers\.(\d+)\.layer_norm2$", r"layers.{0}.mlp.fc1"),
+    (r"layers\.(\d{1,9})\.layer_norm1$", r"layers.{0}.self_attn.{q_proj,k_proj,v_proj}"),
+    (r"layers\.(\d{1,9})\.layer_norm2$", r"layers.{0}.mlp.fc1"),
     # T5, UMT5.
-    (r"block\.(\d+)\.layer\.0\.layer_norm$", r"block.{0}.layer.0.SelfAttention.{q,k,v}"),
-    (r"block\.(\d+)\.layer\.1\.layer_norm$", r"block.{0}.layer.1.DenseReluDense.{wi,wi_0,wi_1}"),
+    (r"block\.(\d{1,9})\.layer\.0\.layer_norm$", r"block.{0}.layer.0.SelfAttention.{q,k,v}"),
+    (r"block\.(\d{1,9})\.layer\.1\.layer_norm$", r"block.{0}.layer.1.DenseReluDense.{wi,wi_0,wi_1}"),
     # Transformers of images.
-    (r"blocks\.(\d+)\.norm1$", r"blocks.{0}.attn.{qkv,q,k,v,to_q,to_k,to_v}"),
-    (r"blocks\.(\d+)\.norm2$", r"blocks.{0}.mlp.{fc1,fc_in}"),
+    (r"blocks\.(\d{1,9})\.norm1$", r"blocks.{0}.attn.{qkv,q,k,v,to_q,to_k,to_v}"),
+    (r"blocks\.(\d{1,9})\.norm2$", r"blocks.{0}.mlp.{fc1,fc_in}"),
 )
 """The end of a norm's name, and the layers that it feeds: {0} is the block's number, {0+1} the next, {a,b} either."""
 FRONTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # BERT.
-    (r"encoder\.layer\.(\d+)\.output\.dense$", ("encoder.layer.{0}.intermediate.dense",)),
+    (r"encoder\.layer\.(\d{1,9})\.output\.dense$", ("encoder.layer.{0}.intermediate.dense",)),
     # Llama, Mistral, Qwen.
-    (r"layers\.(\d+)\.mlp\.down_proj$", ("layers.{0}.mlp.gate_proj", "layers.{0}.mlp.up_proj")),
+    (r"layers\.(\d{1,9})\.mlp\.down_proj$", ("layers.{0}.mlp.gate_proj", "layers.{0}.mlp.up_proj")),
     # CLIP.
-    (r"layers\.(\d+)\.mlp\.fc2$", ("layers.{0}.mlp.fc1",)),
+    (r"layers\.(\d{1,9})\.mlp\.fc2$", ("layers.{0}.mlp.fc1",)),
     # T5, UMT5.
     (
-        r"block\.(\d+)\.layer\.1\.DenseReluDense\.wo$",
+        r"block\.(\d{1,9})\.layer\.1\.DenseReluDense\.wo$",
         ("block.{0}.layer.1.DenseReluDense.wi_0", "block.{0}.layer.1.DenseReluDense.wi_1"),
     ),
     # Transformers of images.
-    (r"blocks\.(\d+)\.mlp\.fc2$", ("blocks.{0}.mlp.fc1",)),
+    (r"blocks\.(\d{1,9})\.mlp\.fc2$", ("blocks.{0}.mlp.fc1",)),
 )
 """The end of a layer's name, and the layer whose activation it reads, or of two the one that opens the other."""
 UNLIKE = ("pre_feedforward_layernorm", "k_norm_scale_shift")

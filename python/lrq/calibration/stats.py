@@ -9,6 +9,7 @@ the inputs were measured or simulated; what else stands there is for people.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +30,8 @@ __all__ = ["Accumulator", "InputStats", "StatsFile", "load_stats", "merge", "mer
 
 VERSION = "1"
 """Of the layout, under ``lrq_stats``."""
+SLACK = 1e-6
+"""What rounding may add to a squared mean, relative to the second moment."""
 MEASURED, SIMULATED = "measured", "simulated"
 """Origins: real inputs of a run, or a guess from the checkpoint, which never moves a bias."""
 REQUIRED = {"count": "I64", "mean": "F64", "second": "F64", "amax": "F32", "histogram": "I64"}
@@ -53,13 +56,36 @@ def save_stats(path: str | os.PathLike[str], stats: Mapping[str, InputStats], or
     tensors: dict[str, Tensor] = {}
     for layer, one in stats.items():
         tensors |= {f"{layer}.{suffix}": tensor.contiguous().clone() for suffix, tensor in _tensors(one).items()}
-    unfinished = Path(f"{os.fspath(path)}.partial")
+    target, unfinished = Path(path), Path(f"{os.fspath(path)}.partial")
+    if target.exists() and not target.is_file():
+        raise InputError(f"{path}: is a folder, a device or a pipe; name a file")
     try:
         save_file(tensors, unfinished, {**about, "lrq_stats": VERSION, "origin": origin})
+        _sort_metadata(unfinished)
+        os.chmod(unfinished, 0o666 & ~_umask())
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
         raise InputError(f"{path}: can't be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """The library writes metadata in an order that changes from run to run; the same statistics are the same bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def _umask() -> int:
+    # It can only be read by setting it.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _tensors(stats: InputStats) -> dict[str, Tensor]:
@@ -117,7 +143,8 @@ class StatsFile(Mapping[str, InputStats]):
             return call()
         except OSError as error:
             # The library's own errors have no strerror.
-            raise InputError(f"{self.path}: can't be read: {error.strerror or 'no such file'}") from None
+            what = "is a folder" if self.path.is_dir() else f"can't be read: {error.strerror or 'no such file'}"
+            raise InputError(f"{self.path}: {what}") from None
         except SafetensorError as error:
             raise InputError(f"{self.path}: no safetensors file: {printable(str(error))}") from None
 
@@ -145,6 +172,8 @@ class StatsFile(Mapping[str, InputStats]):
         for suffix, shape in shapes.items():
             if suffix in wanted and shape != wanted[suffix]:
                 raise InputError(f"{where}: {suffix} must be {list(wanted[suffix])}, is {list(shape)}")
+        if "eigenvalues" in shapes and not rank:
+            raise InputError(f"{where}: has no eigenvalue; leave the tensors away")
         if ("eigenvectors" in shapes) != ("eigenvalues" in shapes):
             raise InputError(f"{where}: has eigenvectors or eigenvalues, but not both")
 
@@ -168,6 +197,8 @@ class StatsFile(Mapping[str, InputStats]):
                 raise InputError(f"{where}: {suffix} is NaN or infinite")
             if suffix not in ("mean", "gram", "eigenvectors") and (tensor < 0).any():
                 raise InputError(f"{where}: {suffix} is negative")
+        if (found["mean"].square() > found["second"] * (1 + SLACK) + torch.finfo(torch.float32).tiny).any():
+            raise InputError(f"{where}: a squared mean is larger than the second moment; they are of no inputs")
         if not found["count"] or not found["histogram"].sum():
             raise InputError(f"{where}: its count is 0")
         return InputStats(

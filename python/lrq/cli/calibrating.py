@@ -20,7 +20,9 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
     help="For --simulate: what norms and activations give, or standard normal numbers  [default: norms]",
 )
 @click.option(
-    "--calib_samples", type=click.IntRange(min=1), help="For --simulate: tokens that were seen [default: 64]."
+    "--calib_samples",
+    type=click.IntRange(1, 1_000_000_000),
+    help="For --simulate: tokens that were seen [default: 64].",
 )
 @click.option("--actcal_lora", metavar="FILE", help="For --simulate: a LoRA of the model; what it reads counts more.")
 @click.option("-o", "--output", required=True, metavar="FILE", help="The file of statistics to write.")

@@ -25,6 +25,7 @@ class Calibration:
         64,
         "Tokens that --simulate stands for: the more, the larger the largest input.",
         minimum=1,
+        maximum=1_000_000_000,
         aliases=("actcal_samples",),
     )
     actcal_lora: str | None = _setting(

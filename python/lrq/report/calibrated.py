@@ -8,18 +8,25 @@ from dataclasses import dataclass
 
 import torch
 
+from lrq.calibration.input_scales import input_scale
 from lrq.calibration.inputs import InputStats
 from lrq.calibration.naming import match_names
 from lrq.calibration.stats import StatsFile
 from lrq.checkpoint.header import Entry
 from lrq.checkpoint.reader import Reader
 from lrq.config import Rounding
+from lrq.config.calibration import Calibration
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.formats import Format, Tensors
 from lrq.models.policy import FLOAT_DTYPES, SUFFIX
 from lrq.plan import CALIBRATION, PROVENANCE
-from lrq.repair.bias import OutputError, output_error
+from lrq.repair.bias import OutputError, corrected, mean_shift, output_error
+
+WORSE_OUTPUTS = 1.1
+"""Codes that follow statistics lower the error that these predict; damping may cost a little."""
+ROUNDING = 1e-5
+"""What sums in another order may change, relative to the largest."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,10 @@ class Predictions:
         InputError: no layer has statistics, or they are of another model.
     """
 
-    def __init__(self, stats: StatsFile, layers: Collection[str], changes: Changes) -> None:
-        self._stats, self._changes = stats, changes
+    def __init__(self, stats: StatsFile, layers: Collection[str], output: Reader, made: Calibration) -> None:
+        self._stats, self._output, self._made = stats, output, made
+        self._changes = recorded_changes(output)
+        self._own = _digest_of_statistics(output) == stats.digest()
         self._names, _ = match_names([name for name in stats if name not in stats.transposed], set(layers))
         if not self._names:
             raise InputError(f"{stats.path}: has no quantized layer; the statistics are of another model")
@@ -115,8 +124,52 @@ class Predictions:
                 f"{self._stats.path}: layer {printable(known)} has {self._stats.columns(known)} inputs, the weight "
                 f"has {w.shape[-1]}; they are of another model"
             )
-        stats, corrected = self._stats[known], name in self._changes.corrected | self._changes.added
-        return Predicted(stats.about, error_of_outputs(fmt, tensors, w, stats), corrected)
+        stats, moved = self._stats[known], name in self._changes.corrected | self._changes.added
+        return Predicted(stats.about, error_of_outputs(fmt, tensors, w, stats), moved)
+
+    def check(
+        self, name: str, fmt: Format, tensors: Tensors, w: torch.Tensor, source: Reader, predicted: Predicted | None
+    ) -> None:
+        """Raise ValueError for what the statistics did not make of a layer, if the file was made with these."""
+        if predicted is None or not self._own:
+            return
+        stats, error = self._stats[self._names[name]], predicted.error
+        left = error.after if predicted.corrected else error.before
+        if name in self._changes.measured and left > WORSE_OUTPUTS * error.of_nearest:
+            raise ValueError(
+                f"the statistics predict {left / error.of_nearest:.3g} times round-to-nearest's error of its outputs; "
+                "some bytes are not those that were written"
+            )
+        if predicted.corrected:
+            self._check_bias(name, fmt, tensors, w, source, stats)
+        limit, scale = comfyui.largest_input(fmt, tuple(w.shape)), f"{name}.{comfyui.INPUT_SCALE}"
+        made = self._made.actcal and self._made.input_scales is None and scale in self._output.entries
+        if made and limit is not None:
+            found, expected = self._output.read(scale), input_scale(stats, self._made.actcal_percentile, limit)
+            if found.numel() == 1 and abs(found.item() - expected) > ROUNDING * expected:
+                raise ValueError(f"{comfyui.INPUT_SCALE} is {found.item():.6g}, the statistics give {expected:.6g}")
+
+    def _check_bias(
+        self, name: str, fmt: Format, tensors: Tensors, w: torch.Tensor, source: Reader, stats: InputStats
+    ) -> None:
+        bias = f"{name}.{comfyui.BIAS}"
+        if bias not in self._output.entries:
+            return
+        found, shift = self._output.read(bias), mean_shift(w, fmt.dequantize(tensors, tuple(w.shape)), stats.mean)
+        before = source.read(bias) if bias in source.entries else torch.zeros_like(found)
+        if before.shape != shift.shape or before.dtype != found.dtype:
+            return
+        expected = corrected(before, shift).double()
+        allowed = 2 * torch.finfo(found.dtype).eps * expected.abs() + ROUNDING * shift.abs().max()
+        if not ((found.double() - expected).abs() <= allowed).all():
+            raise ValueError("its bias is not what the statistics give")
+
+
+def _digest_of_statistics(output: Reader) -> str | None:
+    try:
+        return str(json.loads(output.header.metadata[PROVENANCE])[CALIBRATION]["statistics"]["sha256"])
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return None
 
 
 def error_of_outputs(fmt: Format, tensors: Tensors, w: torch.Tensor, stats: InputStats) -> OutputError:

@@ -88,7 +88,8 @@ def verify_file(
     result.failures += _unmarked(output, markers)
     provenance = output.header.metadata.get(PROVENANCE)
     # What statistics did is recorded by tensor: their file need not be there.
-    settings = _without_statistics(recorded(provenance) or Conversion())
+    made = recorded(provenance) or Conversion()
+    settings = _without_statistics(made)
     own = recorded(provenance, of_this_version=True) is not None
     plan: Plan | None = None
     if source is not None and recorded(provenance) is not None:
@@ -100,7 +101,7 @@ def verify_file(
         result.failures += _as_planned(source, plan, markers)
     changes = recorded_changes(output)
     rounding = {layer.name: layer.rounding(settings.rounding) for layer in plan.layers} if plan else {}
-    predictions = None if stats is None else Predictions(stats, markers.keys(), changes)
+    predictions = None if stats is None else Predictions(stats, markers.keys(), output, made.calibration)
     for name, marker in markers.items():
         expected = Expected(rounding.get(name, settings.rounding), own, name in changes.measured)
         try:
@@ -222,6 +223,8 @@ def _check_layer(
     if expected.own:
         _check_own(fmt, tensors, w, expected)
     predicted = None if predictions is None else predictions.of(name, fmt, tensors, w)
+    if predictions is not None:
+        predictions.check(name, fmt, tensors, w, source, predicted)
     return LayerReport(name, fmt.name, shape, error, predicted)
 
 

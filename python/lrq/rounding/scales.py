@@ -82,7 +82,8 @@ class _Search:
         scale = scale.view(to.shape) * problem.unit
         change = scale - self.scale
         gains = (2 * change * slope + change.square() * self.stiffness < 0) & (self.codes > 0)
-        lot = torch.rand(to.shape, generator=self.random, device=to.device)
+        # The same for every matrix of a batch: what becomes of one does not hang on the others.
+        lot = torch.rand(to.shape[1:], generator=self.random, device=to.device)
         moves = gains & (lot < self.share[:, None, None])
         scale, to = torch.where(moves, scale, self.scale), torch.where(moves, to, self.codes)
         objective = replace(problem, scale=scale).objective(self.values)

@@ -78,7 +78,7 @@ def _match(inputs: Inputs, layers: Sequence[Layer], stats: StatsFile | Simulated
     usable = [name for name in stats if name not in stats.transposed]
     inputs.stats = stats
     inputs.names, rule = match_names(usable, shapes.keys())
-    if layers and not stats:
+    if layers and not stats and isinstance(stats, SimulatedInputs):
         raise InputError(f"--simulate: no layer of {where} stands behind a norm with gains; gaussian asks for no norm")
     if layers and not inputs.names:
         raise InputError(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lrq.calibration.activations import activated, features_of, gated
@@ -20,8 +21,15 @@ from lrq.errors import InputError, printable
 from lrq.models.policy import FLOAT_DTYPES, SUFFIX
 from lrq.models.recognition import assign, recognise
 
+LARGEST = 1e36
+"""A larger second moment leaves float32 soon."""
 NORMS, GAUSSIAN = "norms", "gaussian"
 KINDS = (NORMS, GAUSSIAN)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class SimulatedInputs(Mapping[str, InputStats]):
@@ -42,17 +50,21 @@ class SimulatedInputs(Mapping[str, InputStats]):
         linear = {
             entry.name.removesuffix(SUFFIX): entry.shape[-1]
             for entry in entries.values()
-            if entry.name.endswith(SUFFIX) and len(entry.shape) == 2 and entry.dtype in FLOAT_DTYPES
+            if entry.name.endswith(SUFFIX) and len(entry.shape) == 2 and entry.size and entry.dtype in FLOAT_DTYPES
         }
         self._lora, self._directions = lora, dict[str, Entry]()
         self._about_lora = ""
         if lora is not None:
             with Reader(lora) as reader:
-                named = layers_of_lora(reader.entries, linear)
-                self._directions = {layer: reader.entries[key] for layer, key in named.items()}
-                self._about_lora = reader.header_sha256
+                matrices = {key: entry for key, entry in reader.entries.items() if len(entry.shape) == 2}
+                named = layers_of_lora(matrices, linear)
+                self._directions = {layer: matrices[key] for layer, key in named.items()}
+                self._about_lora = " ".join(map(_sha256, reader.files))
             if not self._directions:
                 raise InputError(f"{lora}: holds no LoRA for a layer of {source.path}; it is of another model")
+            for entry in self._directions.values():
+                if entry.dtype not in FLOAT_DTYPES:
+                    raise InputError(f"{lora}: {printable(entry.name)}: A must be a float tensor, is {entry.dtype}")
         norms = {layer: norm for layer, norm in feeds(entries.keys()).items() if self._fits(layer, norm, linear)}
         self._norms = norms if kind == NORMS else {}
         self._fronts = self._activations(linear) if kind == NORMS else {}
@@ -104,7 +116,7 @@ class SimulatedInputs(Mapping[str, InputStats]):
     def __getitem__(self, layer: str) -> InputStats:
         if layer not in self._columns:
             raise KeyError(layer)
-        stats = self._cached(layer)
+        stats = self.brief(layer)
         if layer not in self._directions:
             return stats
         assert self._lora is not None
@@ -116,8 +128,15 @@ class SimulatedInputs(Mapping[str, InputStats]):
             raise InputError(f"{self._lora}: {printable(name)}: {error}") from None
 
     def brief(self, layer: str) -> InputStats:
-        """The same, as of a file."""
-        return self._cached(layer)
+        """The same without the directions of a LoRA."""
+        stats = self._cached(layer)
+        if not (torch.isfinite(stats.mean).all() and stats.second.max() < LARGEST and stats.amax**2 < LARGEST):
+            what = self._norms.get(layer) or ", ".join(self._fronts.get(layer, ("", ()))[1])
+            raise InputError(
+                f"{self._source.path}: layer {printable(layer)}: what it would read of {printable(what)} is not "
+                "finite, or beyond float32; repair the source, or leave --simulate away"
+            )
+        return stats
 
     def size(self, layer: str) -> int:
         """Bytes of a layer's statistics in memory."""
@@ -129,7 +148,7 @@ class SimulatedInputs(Mapping[str, InputStats]):
         return self._columns[layer]
 
     def digest(self) -> str:
-        """SHA-256, hexadecimal, of all that they hang on beside the source."""
+        """SHA-256, hexadecimal, of all that they hang on beside the source: the LoRA's bytes among it."""
         return hashlib.sha256(f"{self.kind} {self._tokens} {self._about_lora}".encode()).hexdigest()
 
     def __iter__(self) -> Iterator[str]:

@@ -193,7 +193,7 @@ def test_a_guess_moves_no_bias(tmp_path: Path) -> None:
         (("--calib", "x", "--simulate", "norms"), "--simulate: stands in the place of --calib"),
         (("--actcal-lora", "x"), "--actcal_lora: needs --simulate"),
         (("--simulate", "norms", "--actcal-lora", "absent"), "absent"),
-        (("--simulate", "norms", "--calib-samples", "0"), "--calib_samples: must be at least 1"),
+        (("--simulate", "norms", "--calib-samples", "0"), "--calib_samples: must be from 1 to 1000000000"),
     ],
 )
 def test_combinations_without_meaning_are_refused(tmp_path: Path, flags: tuple[str, ...], word: str) -> None:
@@ -207,3 +207,62 @@ def test_without_norms_there_is_one_line(tmp_path: Path) -> None:
     source = save(tmp_path / "in.safetensors", {"blocks.0.fc.weight": normal(32, 64)})
     result = run("convert", "-i", source, "-o", tmp_path / "out", "--simulate", "norms")
     assert result.exit_code == 2 and "no layer" in result.stderr and "stands behind a norm" in result.stderr
+
+
+def test_a_norm_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    broken = dict(LLAMA)
+    broken["model.layers.0.input_layernorm.weight"] = torch.full((32,), torch.inf)
+    source = save(tmp_path / "in.safetensors", broken)
+    result = run("calibrate", "--simulate", source, "-o", tmp_path / "s.safetensors")
+    assert result.exit_code == 2 and "input_layernorm is not finite" in result.stderr
+    assert not (tmp_path / "s.safetensors").exists()
+
+
+def test_the_whole_of_a_lora_counts(tmp_path: Path) -> None:
+    source, file = save(tmp_path / "in.safetensors", LLAMA), tmp_path / "lora.safetensors"
+    digests = set()
+    with Reader(source) as reader:
+        for seed in (1, 2):
+            save(file, {"model.layers.0.mlp.down_proj.lora_A.weight": normal(4, 48, seed=seed)})
+            digests.add(SimulatedInputs(reader, "norms", lora=str(file)).digest())
+    assert len(digests) == 2
+
+
+def test_a_whole_name_is_the_layer_and_an_end_only_where_it_is_one() -> None:
+    layers = ["blocks.0.attn.qkv", "double.blocks.0.attn.qkv", "a.b_c", "a_b.c", "y_blocks.0.q", "te1.fc", "te2.fc"]
+    named = {name: f"{name}.lora_A.weight" for name in ("blocks.0.attn.qkv", "a.b_c", "blocks.0.q", "fc")}
+    assert layers_of_lora(named.values(), layers) == {name: named[name] for name in ("blocks.0.attn.qkv", "a.b_c")}
+    assert layers_of_lora(["te2.fc.lora_A.mine.weight"], layers) == {"te2.fc": "te2.fc.lora_A.mine.weight"}
+    assert layers_of_lora(["lora_unet_a_b_c.lora_down.weight"], layers) == {}
+
+
+@pytest.mark.parametrize(
+    "a,word",
+    [
+        (torch.zeros(4, 48).to(torch.float8_e4m3fn), "A must be a float tensor, is F8_E4M3"),
+        (torch.zeros(()), "no LoRA"),
+    ],
+)
+def test_an_a_that_is_none_is_one_line(tmp_path: Path, a: torch.Tensor, word: str) -> None:
+    file = save(tmp_path / "lora.safetensors", {"model.layers.0.mlp.down_proj.lora_A.weight": a})
+    result, output = converted(tmp_path, "--simulate", "norms", "--actcal-lora", file)
+    assert result.exit_code == 2 and word in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not output.exists() and not output.with_name(f"{output.name}.partial").exists()
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_the_size_of_an_a_does_not_matter(size: float) -> None:
+    a = normal(4, 32, seed=3).double()
+    one, other = with_directions(standard_normal(32), a), with_directions(standard_normal(32), a * size)
+    torch.testing.assert_close(one.second, other.second)
+
+
+def test_layers_without_weights_and_long_numbers_do_no_harm(tmp_path: Path) -> None:
+    odd = {
+        "model.layers.1.mlp.down_proj.weight": torch.zeros(4, 0),
+        f"layers.{'1' * 5000}.layer_norm1.weight": normal(4),
+    }
+    source = save(tmp_path / "in.safetensors", LLAMA | odd)
+    for kind in ("norms", "gaussian"):
+        result = run("calibrate", "--simulate", source, "--inputs", kind, "-o", tmp_path / "s.safetensors")
+        assert result.exit_code == 0, result.output

@@ -36,6 +36,10 @@ def test_none_is_none():
     "weights,format,settings,word",
     [
         ([torch.ones(8, 8)], "nvfp", {}, "no such format; did you mean nvfp4"),
+        ([torch.ones(8, 8), torch.full((8, 8), torch.nan)], "nvfp4", {}, "weight 1: holds NaN or Inf"),
+        ([torch.ones(0, 8)], "nvfp4", {}, "weight 0: must be .*with a weight"),
+        ([torch.ones(8, 8).int()], "nvfp4", {}, "weight 0: must be a dense tensor of .*is torch.int32"),
+        ([[1.0]], "nvfp4", {}, "weight 0: must be a dense tensor of .*is list"),
         ([torch.ones(8)], "nvfp4", {}, "weight 0: must be .*is \\[8\\]"),
         ([torch.ones(8, 8)], "nvfp4", {"topp": 0.2}, "topp: no such setting; did you mean top_p"),
         ([torch.ones(8, 8)], "nvfp4", {"top_p": 2.0}, "--top_p: must be from 0.0 to 1.0"),

@@ -10,9 +10,10 @@ import torch
 from lrq.config import Conversion, Rounding
 from lrq.formats import FORMATS
 from lrq.formats.grid import E2M1, E4M3, INT8, Grid
+from lrq.report.stored import same_bytes
 from lrq.rounding.metric import leading_subspaces, sum_of_squares
 from lrq.rounding.relaxation import SCHEDULES
-from lrq.rounding.solve import SOLVERS, learn, problem_of, quantize_layer
+from lrq.rounding.solve import SOLVERS, learn, problem_of, quantize_layer, quantize_layers
 from samples import low_rank
 
 BOTH = Rounding(projection="both", top_p=0.2, plain_weight=0.1, num_iter=300)
@@ -104,3 +105,13 @@ def test_scales_follow_the_codes_while_the_objective_falls(name: str) -> None:
     scales = [stored[rounds]["weight_scale"].view(torch.uint8) for rounds in (0, 1)]
     # A neighbour of a power of two is far: few blocks of MXFP8 have a use for it.
     assert (0 if name == "nvfp4" else -1) < (scales[0] != scales[1]).float().mean() < 0.5
+
+
+def test_scales_of_a_matrix_do_not_hang_on_its_batch() -> None:
+    weights, rounding = (
+        [low_rank(64, 128).bfloat16(), low_rank(64, 128).bfloat16().flip(0)],
+        Rounding(projection="both", scale_rounds=2, num_iter=30),
+    )
+    together = quantize_layers(FORMATS["nvfp4"], weights, rounding, 0)[1][0]
+    alone = quantize_layers(FORMATS["nvfp4"], weights[1:], rounding, 0)[0][0]
+    assert all(same_bytes(together[suffix], alone[suffix]) for suffix in alone)
