@@ -96,7 +96,7 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
     try:
         import transformers
     except ImportError:
-        raise InputError("--hf: needs transformers: pip install 'lrq[calibrate]'") from None
+        raise InputError("--hf: needs transformers: pip install transformers tokenizers") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

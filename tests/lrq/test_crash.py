@@ -115,7 +115,10 @@ assert os.waitpid(child(folder + "/good"), 0)[1] == 0
 whole = time.monotonic() - started
 good = open(folder + "/good", "rb").read()
 killed = resumed = 0
-for number in range(kills):
+for number in range(20 * kills):
+    # On a machine that others use a run may be over before its time: it counts as none.
+    if killed == kills:
+        break
     output = f"{folder}/{number}"
     pid = child(output)
     time.sleep(lot.random() * whole)
@@ -139,7 +142,7 @@ def test_killed_at_random_times(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     killed, resumed = map(int, done.stdout.split())
-    assert killed > KILLS / 2 and resumed > KILLS / 4
+    assert killed == KILLS and resumed > KILLS / 8
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
@@ -221,9 +224,15 @@ def test_finished_layers_are_not_computed_again(tmp_path, source, undisturbed, m
     assert output.read_bytes() == undisturbed and 0 < len(computed) < len(summary.layers) == 4
 
 
-def test_an_interrupted_call_says_what_remains(tmp_path, source, monkeypatch):
+def test_an_interrupted_call_says_what_remains(tmp_path, source):
+    # A shell starts what runs in the background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def stop(layer):
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt, match="tensors are kept in"):
-        quantize(source, tmp_path / "out.safetensors", on_layer=stop, **FLAGS)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="tensors are kept in"):
+            quantize(source, tmp_path / "out.safetensors", on_layer=stop, **FLAGS)
+    finally:
+        signal.signal(signal.SIGINT, before)

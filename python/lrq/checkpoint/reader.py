@@ -14,6 +14,7 @@ import torch
 
 from lrq.checkpoint import disk
 from lrq.checkpoint.header import Entry, Header, read_header
+from lrq.checkpoint.layout import ENDING, INDEX
 from lrq.checkpoint.sources import PICKLES, Source, find_source
 from lrq.errors import InputError, UnfinishedError, printable
 
@@ -107,7 +108,9 @@ class Reader:
         try:
             self._files.append(path.open("rb", buffering=0))
         except OSError as error:
-            raise InputError(f"{path}: can't be opened: {error.strerror}") from None
+            index = path.with_name(path.name.removesuffix(ENDING) + INDEX)
+            hint = f"; it is in shards: name {index.name}" if index.exists() else ""
+            raise InputError(f"{path}: can't be opened: {error.strerror}{hint}") from None
         try:
             return read_header(self._files[-1], path)
         except OSError as error:

@@ -28,6 +28,12 @@ _COLUMNS = {
     "projected / nearest": ("projected_ratio", "{:.3f}"),
 }
 _PREDICTED = ("outputs: nearest", "outputs", "bias shift")
+_LEGEND = (
+    "error: |E|/|W|; projected: along the weight's leading directions; nearest: round-to-nearest in the same format"
+)
+_LEGEND_OF_OUTPUTS = (
+    "\noutputs: the error of the layer's outputs that the statistics predict; where it is made small, error rises"
+)
 _MOST_FAILURES = 20
 _NARROW = 130
 """Narrower terminals leave columns away, so that the names of layers stay whole."""
@@ -53,6 +59,17 @@ def _outputs(predicted: Predicted | None) -> list[str]:
     error = predicted.error
     rounded = error.after if predicted.corrected else error.before
     return [f"{error.of_nearest:.4f}", f"{rounded:.4f}", f"{error.shift:.4f}" if predicted.corrected else "-"]
+
+
+def _outputs_of_all(result: Verification) -> list[str]:
+    """The same of all layers with statistics together."""
+    errors = [layer.predicted for layer in result.layers if layer.predicted is not None]
+    signal = sum(one.error.signal for one in errors)
+    if not signal > 0:
+        return ["-"] * len(_PREDICTED)
+    left = sum(one.error.noise - (one.error.mean if one.corrected else 0.0) for one in errors)
+    nearest = sum(one.error.nearest for one in errors)
+    return [f"{math.sqrt(max(noise, 0.0) / signal):.4f}" for noise in (nearest, left)] + [""]
 
 
 def _inputs(predicted: Predicted | None) -> dict[str, object]:
@@ -113,13 +130,20 @@ def _print_table(result: Verification) -> None:
         outputs = _outputs(layer.predicted) if predicted else []
         table.add_row(Text(printable(layer.name)), layer.format, shape, *_numbers(layer.error), *outputs)
     table.add_section()
-    table.add_row(counted(len(result.layers), "layer"), "", "", *_numbers(result.total))
+    table.add_row(
+        counted(len(result.layers), "layer"),
+        "",
+        "",
+        *_numbers(result.total),
+        *_outputs_of_all(result)[: len(predicted)],
+    )
     dropped = {1, 2} if narrow else set()
     dropped |= set() if measured else set(range(3, 3 + len(_COLUMNS)))
     table.columns = [column for i, column in enumerate(table.columns) if i not in dropped]
     table.columns[0].overflow = "fold"
     terminal.print(table)
     if measured:
+        click.echo(_LEGEND + (_LEGEND_OF_OUTPUTS if predicted else ""))
         click.echo(f"{counted(result.unchanged, 'tensor')} unchanged")
 
 

@@ -111,25 +111,27 @@ class Policy:
         candidates = [entry for entry in entries if entry.name not in refused]
         return refused | dict.fromkeys(self.outside(candidates), OUTSIDE)
 
-    def outside(self, candidates: list[Entry]) -> set[str]:
+    def outside(self, candidates: list[Entry], done: Iterable[Entry] = ()) -> set[str]:
         """Names of weights outside of the numbered blocks, where the policy keeps them and blocks hold most weights.
 
         A numbered block is ``stack.N.part``: a bare ``stack.N`` is an entry of a sequence. One block alone is no stack.
+        Weights that are ``done``, quantized already, stand in blocks as others do.
         """
         if not self.keep_outside_blocks:
             return set()
         numbers: dict[str, set[str]] = defaultdict(set)
         stack_of: dict[str, str] = {}
-        for entry in candidates:
+        entries = [*candidates, *done]
+        for entry in entries:
             found = re.match(r"(?:(.*?)\.)?(\d+)\..", entry.name.removesuffix(SUFFIX))
             if found:
                 stack_of[entry.name] = found[1] or ""
                 numbers[found[1] or ""].add(found[2])
         inside = {name for name, stack in stack_of.items() if len(numbers[stack]) > 1}
-        weights = {entry.name: math.prod(entry.shape) for entry in candidates}
+        weights = {entry.name: math.prod(entry.shape) for entry in entries}
         if 2 * sum(weights[name] for name in inside) < sum(weights.values()):
             return set()
-        return weights.keys() - inside
+        return {entry.name for entry in candidates} - inside
 
 
 def quantized_modules(names: Iterable[str]) -> set[str]:

@@ -76,7 +76,8 @@ def _decide_part(
             judge.rules.note_impossible(entry, why)
     outside: set[str] = set()
     if policy.keep_outside_blocks:
-        outside = policy.outside([entry for entry, verdict in possible if verdict.action == "quantize"])
+        before = [entry for entry in tensors if entry.name.endswith(SUFFIX) and entry.name[: -len(SUFFIX)] in done]
+        outside = policy.outside([entry for entry, verdict in possible if verdict.action == "quantize"], before)
     usual = judge.usual
     for entry, verdict in possible:
         if verdict is QUANTIZE and usual is not None and entry.name not in outside:

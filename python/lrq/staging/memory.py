@@ -32,6 +32,8 @@ VRAM_SLACK = 1 << 26
 """Bytes by which torch's allocator rounds up, and libraries' workspaces."""
 LIBRARIES = 5 << 25
 """Bytes of host memory that CUDA's libraries take beyond the warm-up, as measured: each loads what a shape needs."""
+LEARNING_LIBRARIES = 5 << 23
+"""The same of LAPACK and its threads, on the CPU."""
 SPREAD = 1 << 21
 """Bytes by which the same process differs from run to run."""
 SLACK = 1 << 23
@@ -69,7 +71,9 @@ def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.devic
     threads = 0 if execution.low_memory else min(_MOST_THREADS, max(2, os.cpu_count() or 1))
     buffers = PIECE * max(1, 2 * threads) if on_gpu else PIECE * max(1, threads)
     warm_up([whole(layer) for layer in layers], rounding, device)
-    base = resident() + SLACK + buffers + (LIBRARIES if on_gpu else 0)
+    learned = any(not layer.rounding(rounding).simple for layer in layers)
+    libraries = LIBRARIES if on_gpu else LEARNING_LIBRARIES if learned else 0
+    base = resident() + SLACK + buffers + libraries
     if execution.ram_bytes is not None and base > execution.ram_bytes and on_gpu:
         raise InputError(f"--max_ram: the process takes {_sized(base)} without any layer; raise it to that")
     room = _room(device, execution, 0 if on_gpu else base)
