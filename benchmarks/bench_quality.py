@@ -85,7 +85,11 @@ def beside_ctq(command: str) -> list[dict[str, object]]:
                 subprocess.run([*start, *arguments], check=True, capture_output=True)
                 both[f"{who}_s"] = time.perf_counter() - started
                 states[who] = real_models.load_converted(output, sentences)
-        changed = [name for name in sentences if all(state[name] is not sentences[name] for state in states.values())]
+        changed = [
+            name
+            for name, w in sentences.items()
+            if w.dim() == 2 and not any(torch.equal(state[name].float(), w.float()) for state in states.values())
+        ]
         for who, state in states.items():
             both[who] = encoder.distance(embeddings, sentences | {name: state[name] for name in changed})
         row = {"format": fmt, "layers": len(changed), **both, "times_ctq": both["ctq_s"] / both["lrq_s"]}
