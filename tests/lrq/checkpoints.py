@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,3 +132,9 @@ def tampered(good: Path, change: Callable[[File], None]) -> Path:
     file = load(good)
     change(file)
     return save(good.with_name("tampered.safetensors"), file.tensors, file.metadata)
+
+
+def process(*args: object, **options: object) -> subprocess.Popen[str]:
+    """The command as a process of its own."""
+    command = [sys.executable, "-m", "lrq.cli", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)

@@ -8,12 +8,15 @@ scale, never a bias (``origin`` is ``simulated``). All is computed in closed for
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lrq.calibration.inputs import BINS, InputStats, bin_edge
+
+T = TypeVar("T")
 
 FEEDS: tuple[tuple[str, str], ...] = (
     # BERT normalises behind a sublayer: the norm of a block feeds the next one.
@@ -63,37 +66,35 @@ def deviations(tokens: int, columns: int) -> float:
 
 def feeds(keys: Collection[str]) -> dict[str, str]:
     """The norm that feeds it, by layer with a ``.weight`` among ``keys``; empty for models with other uses of names."""
-    if any(part in key for key in keys for part in UNLIKE):
-        return {}
     found: dict[str, str] = {}
-    for key in sorted(keys):
-        norm = key.removesuffix(".weight")
-        for pattern, template in FEEDS:
-            match = re.search(pattern, norm) if norm != key else None
-            if match is None or not (match.start() == 0 or norm[match.start() - 1] == "."):
-                continue
-            number = int(match[1]) if match.groups() else 0
-            for layer in _layers(template.replace("{0}", str(number)).replace("{0+1}", str(number + 1))):
-                if f"{norm[: match.start()]}{layer}.weight" in keys:
-                    found[norm[: match.start()] + layer] = norm
+    for norm, start, match, template in _known(keys, FEEDS):
+        number = int(match[1]) if match.groups() else 0
+        for layer in _layers(template.replace("{0}", str(number)).replace("{0+1}", str(number + 1))):
+            if f"{start}{layer}.weight" in keys:
+                found[start + layer] = norm
     return found
 
 
 def fronts(keys: Collection[str]) -> dict[str, tuple[str, ...]]:
     """The layers whose activation it reads, by layer, where all of them have a ``.weight`` among ``keys``."""
-    if any(part in key for key in keys for part in UNLIKE):
-        return {}
     found: dict[str, tuple[str, ...]] = {}
-    for key in sorted(keys):
-        layer = key.removesuffix(".weight")
-        for pattern, templates in FRONTS:
-            match = re.search(pattern, layer) if layer != key else None
-            if match is None or not (match.start() == 0 or layer[match.start() - 1] == "."):
-                continue
-            before = tuple(layer[: match.start()] + one.replace("{0}", match[1]) for one in templates)
-            if all(f"{one}.weight" in keys for one in before):
-                found[layer] = before
+    for layer, start, match, templates in _known(keys, FRONTS):
+        before = tuple(start + one.replace("{0}", match[1]) for one in templates)
+        if all(f"{one}.weight" in keys for one in before):
+            found[layer] = before
     return found
+
+
+def _known(keys: Collection[str], table: Iterable[tuple[str, T]]) -> Iterator[tuple[str, str, re.Match[str], T]]:
+    """Names with a ``.weight`` among ``keys`` that end as the table says: name, what is before, match and entry."""
+    if any(part in key for key in keys for part in UNLIKE):
+        return
+    for key in sorted(keys):
+        name = key.removesuffix(".weight")
+        for pattern, entry in table if name != key else ():
+            match = re.search(pattern, name)
+            if match is not None and (match.start() == 0 or name[match.start() - 1] == "."):
+                yield name, name[: match.start()], match, entry
 
 
 def _layers(template: str) -> Iterator[str]:

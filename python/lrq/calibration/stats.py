@@ -69,6 +69,12 @@ def save_stats(path: str | os.PathLike[str], stats: Mapping[str, InputStats], or
         raise InputError(f"{path}: can't be written: {getattr(error, 'strerror', None) or error}") from None
 
 
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _sort_metadata(path: Path) -> None:
     """The library writes metadata in an order that changes from run to run; the same statistics are the same bytes."""
     with open(path, "r+b") as file:
@@ -135,8 +141,7 @@ class StatsFile(Mapping[str, InputStats]):
 
     def digest(self) -> str:
         """SHA-256 of the file, hexadecimal."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(self.path)
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         try:

@@ -57,8 +57,7 @@ def _outputs(predicted: Predicted | None) -> list[str]:
     if predicted is None:
         return ["-"] * len(_PREDICTED)
     error = predicted.error
-    rounded = error.after if predicted.corrected else error.before
-    return [f"{error.of_nearest:.4f}", f"{rounded:.4f}", f"{error.shift:.4f}" if predicted.corrected else "-"]
+    return [f"{error.of_nearest:.4f}", f"{predicted.left:.4f}", f"{error.shift:.4f}" if predicted.corrected else "-"]
 
 
 def _outputs_of_all(result: Verification) -> list[str]:
@@ -78,10 +77,7 @@ def _inputs(predicted: Predicted | None) -> dict[str, object]:
         return {}
     error = predicted.error
     found = {"output_error_of_nearest": error.of_nearest, "output_error_of_codes": error.before}
-    if predicted.corrected:
-        found |= {"output_error": error.after, "bias_shift": error.shift}
-    else:
-        found |= {"output_error": error.before}
+    found |= {"output_error": predicted.left, **({"bias_shift": error.shift} if predicted.corrected else {})}
     return {"inputs": {"statistics": predicted.statistics, **found}}
 
 

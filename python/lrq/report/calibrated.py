@@ -94,6 +94,11 @@ class Predicted:
     corrected: bool
     """Whether its bias took the mean error."""
 
+    @property
+    def left(self) -> float:
+        """The error of its outputs as the file has it, bias and all."""
+        return self.error.after if self.corrected else self.error.before
+
 
 class Predictions:
     """Predicts by a file of statistics, for a file with layers of some names.
@@ -134,11 +139,11 @@ class Predictions:
         if predicted is None or not self._own:
             return
         stats, error = self._stats[self._names[name]], predicted.error
-        left = error.after if predicted.corrected else error.before
-        if name in self._changes.measured and left > WORSE_OUTPUTS * error.of_nearest:
+        if name in self._changes.measured and predicted.left > WORSE_OUTPUTS * error.of_nearest:
+            times = predicted.left / error.of_nearest
             raise ValueError(
-                f"the statistics predict {left / error.of_nearest:.3g} times round-to-nearest's error of its outputs; "
-                "some bytes are not those that were written"
+                f"the statistics predict {times:.3g} times round-to-nearest's error of its outputs; some bytes are not "
+                "those that were written"
             )
         if predicted.corrected:
             self._check_bias(name, fmt, tensors, w, source, stats)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from lrq.calibration.input_scales import input_scale, read_input_scales
 from lrq.calibration.inputs import InputStats
 from lrq.calibration.naming import match_names
-from lrq.calibration.stats import StatsFile, load_stats
+from lrq.calibration.stats import StatsFile, load_stats, sha256_of
 from lrq.checkpoint.header import Entry
 from lrq.checkpoint.reader import Reader
 from lrq.config.calibration import Calibration
@@ -148,13 +147,8 @@ def _given(inputs: Inputs, layers: Sequence[Layer], file: str) -> dict[str, floa
         raise InputError(f"{file}: has input scales of no layer that takes one, in FP8 or NVFP4")
     inputs.notices += [f"--input_scales: {rule}"] if rule else []
     inputs.notices += _said("--input_scales: not used, no FP8 or NVFP4 layer:", values.keys() - names.values())
-    inputs.provenance["given_scales"] = {"name": Path(file).name, "sha256": _digest(file)}
+    inputs.provenance["given_scales"] = {"name": Path(file).name, "sha256": sha256_of(file)}
     return {layer: values[name] for layer, name in names.items()}
-
-
-def _digest(file: str) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _said(what: str, names: Collection[str]) -> list[str]:

@@ -14,7 +14,7 @@ from lrq.calibration.activations import activated, features_of, gated
 from lrq.calibration.inputs import BINS, InputStats
 from lrq.calibration.lora import layers_of_lora, with_directions
 from lrq.calibration.simulate import TOKENS, deviations, feeds, from_norm, fronts, standard_normal
-from lrq.calibration.stats import SIMULATED
+from lrq.calibration.stats import SIMULATED, sha256_of
 from lrq.checkpoint.header import Entry
 from lrq.checkpoint.reader import Reader
 from lrq.errors import InputError, printable
@@ -25,11 +25,6 @@ LARGEST = 1e36
 """A larger second moment leaves float32 soon."""
 NORMS, GAUSSIAN = "norms", "gaussian"
 KINDS = (NORMS, GAUSSIAN)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class SimulatedInputs(Mapping[str, InputStats]):
@@ -59,7 +54,7 @@ class SimulatedInputs(Mapping[str, InputStats]):
                 matrices = {key: entry for key, entry in reader.entries.items() if len(entry.shape) == 2}
                 named = layers_of_lora(matrices, linear)
                 self._directions = {layer: matrices[key] for layer, key in named.items()}
-                self._about_lora = " ".join(map(_sha256, reader.files))
+                self._about_lora = " ".join(map(sha256_of, reader.files))
             if not self._directions:
                 raise InputError(f"{lora}: holds no LoRA for a layer of {source.path}; it is of another model")
             for entry in self._directions.values():

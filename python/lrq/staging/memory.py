@@ -85,7 +85,8 @@ def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.devic
     largest = max((tile.held() for tile in flat), default=0)
     work = max((tile.work(rounding) for tile in flat), default=0)
     flights = 1 if execution.low_memory else GPU_FLIGHTS if on_gpu else CPU_FLIGHTS
-    workers = _workers(layers, rounding, device, execution, flights * largest, largest + work, limit)
+    side_by_side = on_gpu and learned and not execution.low_memory
+    workers = _workers(device, flights * largest, largest + work, limit) if side_by_side else 1
     work *= workers
     held = (flights + workers - 1) * largest
     if limit is not None:
@@ -98,19 +99,8 @@ def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.devic
     return MemoryPlan(tiles, held, work, workers, threads, host, vram, room.limit if room else None)
 
 
-def _workers(
-    layers: Sequence[Layer],
-    rounding: Rounding,
-    device: torch.device,
-    execution: Execution,
-    alone: int,
-    each: int,
-    limit: int | None,
-) -> int:
-    """Layers that are computed at a time, of which each takes so many bytes beside those of a run of one."""
-    learned = any(not layer.rounding(rounding).simple for layer in layers)
-    if device.type != "cuda" or execution.low_memory or not learned:
-        return 1
+def _workers(device: torch.device, alone: int, each: int, limit: int | None) -> int:
+    """Layers that a GPU learns at a time, of which each takes so many bytes beside those of a run of one."""
     free = int(SPARE * torch.cuda.mem_get_info(device)[0]) if limit is None else limit
     return GPU_WORKERS if alone + GPU_WORKERS * (each + VRAM_SLACK) <= free else 1
 

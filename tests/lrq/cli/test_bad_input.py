@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +14,7 @@ from click.testing import Result
 import lrq
 import lrq.pipeline
 import lrq_kernels
-from checkpoints import by_hand, convert, load, normal, record, run, save, transformer
+from checkpoints import by_hand, load, normal, process, record, run, save, transformer
 from lrq.errors import InputError
 
 GOOD = {"blocks.0.fc.weight": normal(32, 64), "blocks.0.fc.bias": normal(32)}
@@ -216,11 +212,6 @@ def test_a_tensor_in_the_way_is_named(tmp_path):
     assert "tensor a.weight_scale_2 stands in the way" in refuse(tmp_path, "-i", source, "--nvfp4")
 
 
-def process(*args: object, **options: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lrq.cli", *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
 def test_a_real_process_says_one_line(tmp_path):
     running = [process("convert", "-i", tmp_path / "missing"), process("convert", "-i", "x", "--later-flag")]
     for one in running:
@@ -238,55 +229,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, source):
     assert (one.returncode, out, len(err.splitlines())) == (2, "", 1), err
     assert "can't reserve" in err or "can't be written" in err
     assert everything(tmp_path) == before
-
-
-def heed_signals() -> None:
-    """A shell's background job ignores SIGINT, and its children with it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def test_signals_leave_a_run_that_goes_on(tmp_path):
-    """Nobody reads the children's words at first: a full pipe holds them in the middle of the work."""
-    long = "a-name-so-long-that-the-lines-fill-every-pipe" * 5
-    tensors = {f"blocks.{i}.{long}.weight": normal(16, 16) for i in range(800)}
-    source = save(tmp_path / "many.safetensors", tensors)
-    running = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        folder = tmp_path / number.name
-        folder.mkdir()
-        flags = ("-o", folder / "out.safetensors", "--simple", "--verbose")
-        running[number, folder] = process("convert", "-i", source, *flags, preexec_fn=heed_signals)
-    for (number, folder), one in running.items():
-        assert one.stderr.readline().startswith("model: not recognised")
-        assert one.stderr.readline().startswith("fp8  blocks.0.")
-        one.send_signal(number)
-        _, err = one.communicate()
-        last = err.splitlines()[-1]
-        assert (one.returncode, last.startswith("error: interrupted; ")) == (130, True), last
-        assert last.endswith(".partial; the same command goes on from there")
-        left = sorted(path.name for path in folder.iterdir())
-        assert left == ["out.safetensors.partial", "out.safetensors.partial.journal"]
-    convert(source, tmp_path / "whole")
-    for _, folder in running:
-        convert(source, folder / "out.safetensors")
-        assert (folder / "out.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
-
-
-def test_handlers_of_signals_are_put_back_and_nohup_is_heeded(tmp_path, source, monkeypatch):
-    during = []
-    real = lrq.pipeline.quantize_layer
-    monkeypatch.setattr(
-        "lrq.pipeline.quantize_layer", lambda *a: (during.append(signal.getsignal(signal.SIGHUP)), real(*a))[1]
-    )
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-        run("convert", "-i", source, "-o", tmp_path / "out.safetensors", "--simple")
-        assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert during == [signal.SIG_IGN]
 
 
 def test_the_source_is_never_touched(tmp_path, source):
@@ -326,16 +268,6 @@ def test_a_layer_quantized_without_a_marker_is_named(tmp_path):
     assert "layer blocks.0.q: quantized already, but without a marker" in refuse(
         tmp_path, "-i", tmp_path / "half.safetensors", "--nvfp4", "--simple"
     )
-
-
-def test_a_signal_while_torch_is_imported_ends_the_run(tmp_path, source):
-    command = [sys.executable, "-m", "lrq.cli", "convert", "-i", str(source), "-o", str(tmp_path / "o.safetensors")]
-    for delay in (0.1, 0.3, 0.5):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(delay)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) in (-signal.SIGTERM, 130, 0)
-        assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
 def test_an_expression_too_large_for_a_number_is_one_line(tmp_path, source):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 
 from checkpoints import normal, save
 from lrq import quantize
-from lrq.config import Rounding
+from lrq.checkpoint.reader import Reader
+from lrq.config import Conversion, Rounding
 from lrq.errors import InputError
 from lrq.execution import Execution
+from lrq.plan import make_plan
 from lrq.staging import memory
 from lrq.staging.workers import Workers
 
@@ -28,9 +31,15 @@ def source(tmp_path) -> Path:
     return save(tmp_path / "in.safetensors", tensors | {"blocks.0.experts.weight": normal(3, 64, 128, seed=9)})
 
 
+def side_by_side(monkeypatch) -> None:
+    """Two layers at a time on the CPU as well."""
+    real = memory.plan_memory
+    monkeypatch.setattr("lrq.run.plan_memory", lambda *a: replace(real(*a), workers=2))
+
+
 @pytest.fixture
 def two(monkeypatch) -> None:
-    monkeypatch.setattr(memory, "_workers", lambda *_: 2)
+    side_by_side(monkeypatch)
 
 
 def learned(source: Path, name: str, **settings: object) -> tuple[bytes, list[str]]:
@@ -43,7 +52,7 @@ def learned(source: Path, name: str, **settings: object) -> tuple[bytes, list[st
 @pytest.mark.parametrize("settings", [{"nvfp4": True}, {"int8": True, "scaling_mode": "row"}, {}])
 def test_the_bytes_and_the_order_are_those_of_one(source, monkeypatch, settings):
     alone = learned(source, "one", **settings)
-    monkeypatch.setattr(memory, "_workers", lambda *_: 2)
+    side_by_side(monkeypatch)
     assert learned(source, "two", **settings) == alone
 
 
@@ -110,27 +119,27 @@ def test_one_calls_in_the_callers_thread_and_raises_at_once():
             workers.submit(lambda: 1 / 0)
 
 
-def test_only_learned_layers_on_a_gpu_with_the_memory_go_side_by_side(monkeypatch):
-    class Learned:
-        @staticmethod
-        def rounding(run: Rounding) -> Rounding:
-            return run
-
-    cuda = torch.device("cuda")
+def test_layers_go_side_by_side_where_the_gpu_has_the_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 30, 1 << 31))
 
-    usual = {"alone": 1 << 20, "each": 1 << 20, "limit": None}
-
-    def count(device=cuda, rounding=None, execution=None, **more):
-        sizes = (usual | more).values()
-        return memory._workers([Learned], rounding or Rounding(), device, execution or Execution(), *sizes)
+    def count(alone=1 << 20, each=1 << 20, limit=None):
+        return memory._workers(torch.device("cuda"), alone, each, limit)
 
     assert count() == memory.GPU_WORKERS == 2
-    assert (
-        count(device=CPU) == count(rounding=Rounding(simple=True)) == count(execution=Execution(low_memory=True)) == 1
-    )
     assert count(alone=1 << 30) == count(each=1 << 29) == count(limit=1 << 27) == 1
     assert count(limit=1 << 28) == 2
+
+
+@pytest.mark.parametrize("settings,execution", [({}, {}), ({"simple": True}, {}), ({}, {"low_memory": True})])
+def test_only_a_gpu_that_learns_has_two(source, monkeypatch, settings, execution):
+    """The CPU computes with all of its threads, and simple rounding waits for the disk."""
+    with Reader(source) as reader:
+        layers = make_plan(reader, Conversion.from_settings({"preset": ["none"]})).layers
+    monkeypatch.setattr(memory, "_workers", lambda *_: 2)
+    monkeypatch.setattr(memory, "warm_up", lambda *_: None)
+    for kind in ("cpu", "cuda"):
+        plan = memory.plan_memory(layers, Rounding(**settings), torch.device(kind), Execution(**execution))
+        assert plan.workers == (2 if kind == "cuda" and not settings and not execution else 1)
 
 
 @pytest.mark.gpu
