@@ -7,11 +7,16 @@ import mmap
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 """Answers of file systems that can't reserve space."""
+RESERVE_SECONDS = 0.1
+"""What reserving space may take."""
+RESERVE_PIECE = 1 << 26
+"""Bytes that are reserved first; each time it is twice as much."""
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 """What bears the name of an unfinished file but is a link must not lead the writer to another file."""
@@ -60,17 +65,33 @@ def read_at(fd: int, view: memoryview, offset: int) -> int:
 def reserve(fd: int, size: int) -> None:
     """Take the disk space now, where the system can: a disk too small is known before any work is done.
 
+    A file system that takes its time over it, as one in memory does, is only asked for its free space: writing, beside
+    which other work goes on, takes the rest.
+
     Raises:
         OSError: there is not enough.
     """
     try:
-        if hasattr(os, "posix_fallocate") and size:
-            os.posix_fallocate(fd, 0, size)
-            return
+        if hasattr(os, "posix_fallocate"):
+            _allocate(fd, size)
     except OSError as error:
         if error.errno not in _NO_FALLOCATE:
             raise
     os.ftruncate(fd, size)
+
+
+def _allocate(fd: int, size: int) -> None:
+    started, done, piece = time.monotonic(), 0, RESERVE_PIECE
+    while done < size:
+        count = min(piece, size - done)
+        os.posix_fallocate(fd, done, count)
+        done, piece = done + count, 2 * piece
+        if time.monotonic() - started > RESERVE_SECONDS:
+            room = os.fstatvfs(fd)
+            # Some file systems don't know.
+            if room.f_blocks and room.f_bavail * room.f_frsize < size - done:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return
 
 
 def sync_data(fd: int) -> None:

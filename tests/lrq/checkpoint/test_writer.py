@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from checkpoints import load, normal, same_bytes, save, transformer
+from lrq.checkpoint import disk
 from lrq.checkpoint.header import lay_out
 from lrq.checkpoint.layout import one_file
 from lrq.checkpoint.reader import Reader
@@ -160,6 +163,22 @@ def test_writes_where_space_cannot_be_reserved(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", unsupported)
     write(tmp_path / "out.safetensors")
     assert same_bytes(load(tmp_path / "out.safetensors").tensors["a"], A)
+
+
+@pytest.mark.parametrize("free, fits", [(1 << 30, True), (1, False)])
+def test_a_slow_reservation_ends_and_free_space_decides(tmp_path, monkeypatch, free, fits):
+    taken = []
+    monkeypatch.setattr(disk, "RESERVE_SECONDS", -1.0)
+    monkeypatch.setattr(disk, "RESERVE_PIECE", 8)
+    monkeypatch.setattr(os, "posix_fallocate", lambda _fd, begin, size: taken.append((begin, size)))
+    monkeypatch.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_blocks=9, f_bavail=free, f_frsize=1))
+    with contextlib.nullcontext() if fits else pytest.raises(InputError, match=r"can't reserve .*No space"):
+        write(tmp_path / "out.safetensors")
+    assert taken == [(0, 8)]
+    if fits:
+        assert same_bytes(load(tmp_path / "out.safetensors").tensors["a"], A)
+    else:
+        assert names(tmp_path) == []
 
 
 def test_short_writes_go_on(tmp_path, monkeypatch):
