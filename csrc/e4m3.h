@@ -58,4 +58,13 @@ LRQ_INLINE void decode_e4m3x2(uint32_t codes, float& high, float& low) {
 // Value of an E2M1 code; the product is exact and makes subnormals normal.
 LRQ_INLINE float decode_e2m1(uint32_t code) { return from_bits((code & 7u) << 22 | (code & 8u) << 28) * 0x1p126f; }
 
+// Nearest E4M3 values of two magnitudes, as `nearest_e4m3`.
+LRQ_INLINE void nearest_e4m3x2(const float (&values)[2], float (&nearest)[2]) {
+#ifdef LRQ_CVT_E4M3
+    decode_e4m3x2(encode_e4m3x2(values[1], values[0]), nearest[1], nearest[0]);
+#else
+    nearest[0] = nearest_e4m3(values[0]), nearest[1] = nearest_e4m3(values[1]);
+#endif
+}
+
 }  // namespace lrq

@@ -46,112 +46,64 @@ LRQ_INLINE uint32_t ruled_exponent(float amax) {
 // 1/2^(exponent-127): a product with it has the bits of the quotient.
 LRQ_INLINE float reciprocal(uint32_t exponent) { return decode_e8m0(kLastExponent - exponent); }
 
-// What search.h does, for scales that are powers of two, in units in which the scale of the start is 1. Doubling such a
-// scale moves no weight, until one becomes subnormal: the candidates before that tie with the start, and the smaller
-// wins a tie. Every error is exact, so |E|^2 never falls as the scale doubles, rounding included: the bound upwards
-// needs no slack, and without coherence nothing above the start can win. One loop goes both ways, so that threads of a
-// warp stay together.
-class Search {
-  public:
-    LRQ_INLINE Search(const float (&block)[kBlock], float amax, int start, float coherence) : start_(start) {
-        const float unit = reciprocal(static_cast<uint32_t>(start));
-        amax_ = amax * unit;
-        float squares[kBlock];
-        LRQ_UNROLL
-        for (int i = 0; i < kBlock; ++i) {
-            magnitudes_[i] = magnitude(block[i]) * unit;
-            squares[i] = magnitudes_[i] * magnitudes_[i];
-        }
-        gain_ = divide(coherence, tree_sum(squares));
+// The sum of `term(i) + term(i + 16)`, i below 16, in the order of `tree_sum`.
+template <int kSize = 1, class Term>
+LRQ_INLINE auto sum_of_pairs(const Term& term, int first = 0) {
+    if constexpr (2 * kSize == kBlock) {
+        return term(first);
+    } else {
+        return sum_of_pairs<2 * kSize>(term, first) + sum_of_pairs<2 * kSize>(term, first + kSize);
     }
+}
 
-    LRQ_INLINE int best_exponent() {
-        float bound = visit(0);
-        int step = 0;
-        for (bool down = true;;) {
-            if (down) {
-                down = --step >= least_step() && can_win_down(step);
-                if (!down) step = first_coarser() - 1;
-            }
-            if (!down && (++step > kLastExponent - start_ || rounds_to_zero(step) || !can_win_up(bound)))
-                return start_ + best_step_;
-            const float plain = visit(step);
-            if (step > 0) bound = plain;
-        }
-    }
-
-  private:
-    // The bound holds in exact arithmetic; this much of it is given up to float32.
-    static constexpr float kSlack = 0.999f;
-    // Below it, squares may be subnormal and errors no longer exact.
-    static constexpr float kInexact = 1e-10f;
-    // So far below the start the squares overflow, and nothing wins.
-    static constexpr int kLeastStep = -100;
-
-    static LRQ_INLINE float power(int step) { return from_bits(static_cast<uint32_t>(127 + step) << 23); }
-
-    LRQ_INLINE int least_step() const { return 1 - start_ > kLeastStep ? 1 - start_ : kLeastStep; }
-
-    LRQ_INLINE bool rounds_to_zero(int step) const { return !(0x1p-10f * power(step) < amax_); }
-
-    LRQ_INLINE bool can_win_up(float bound) const {
-        return bound < best_ || (bound < kInexact && bound * kSlack <= best_);
-    }
-
-    // Below amax the largest weight alone costs (amax - 448 * scale)^2, which grows as the scale falls.
-    LRQ_INLINE bool can_win_down(int step) const {
-        const float open = amax_ - kE4M3Max * power(step);
-        const float clipped = open > 0.0f ? open : 0.0f;
-        return clipped * clipped * kSlack <= best_;
-    }
-
-    // The first step up to a grid that is coarser at the smallest weight but zeros than the one before.
-    LRQ_INLINE int first_coarser() const {
-        uint32_t least = 0xffffffffu;
-        LRQ_UNROLL
-        for (int i = 0; i < kBlock; ++i) {
-            // Zero becomes the largest.
-            const uint32_t before = to_bits(magnitudes_[i]) - 1u;
-            least = before < least ? before : least;
-        }
-        const int step = static_cast<int>((least + 1u) >> 23) - 120;
-        return step > 1 ? step : 1;
-    }
-
-    LRQ_INLINE float visit(int step) {
-        const float inverse = power(-step);
-        float squares[kBlock], products[kBlock];
-        LRQ_UNROLL
-        for (int i = 0; i < kBlock; ++i) {
-            const float y = magnitudes_[i] * inverse;
-            const float error = nearest_e4m3(y) - y;
-            squares[i] = error * error;
-            products[i] = error * y;
-        }
-        const float square = power(step) * power(step);
-        const float plain = square * tree_sum(squares);
-        const float along = square * tree_sum(products);
-        const float value = plain + gain_ * (along * along);
-        // Steps come in order, those down first: of equal values the smaller scale wins.
-        if (value < best_ || (value == best_ && step < best_step_)) {
-            best_ = value;
-            best_step_ = step;
-        }
-        return plain;
-    }
-
-    float magnitudes_[kBlock];
-    float amax_, gain_;
-    int start_;
-    float best_ = INFINITY;
-    int best_step_ = 0;
+struct Sums {
+    float squares, products;
+    LRQ_INLINE Sums operator+(Sums other) const { return {squares + other.squares, products + other.products}; }
 };
 
+// Of E^2 and EW of a block that is multiplied by `factor`, a power of two, first.
+LRQ_INLINE Sums errors_of(const float (&block)[kBlock], float factor) {
+    const auto sums = [&](int i) {
+        const float y[2] = {magnitude(block[i]) * factor, magnitude(block[i + kBlock / 2]) * factor};
+        float nearest[2];
+        nearest_e4m3x2(y, nearest);
+        const float error[2] = {nearest[0] - y[0], nearest[1] - y[1]};
+        return Sums{error[0] * error[0] + error[1] * error[1], error[0] * y[0] + error[1] * y[1]};
+    };
+#ifdef __CUDA_ARCH__
+    return sum_of_pairs(sums);
+#else
+    // In arrays, which compilers make vectors of.
+    float squares[kBlock / 2], products[kBlock / 2];
+    LRQ_UNROLL
+    for (int i = 0; i < kBlock / 2; ++i) {
+        const Sums both = sums(i);
+        squares[i] = both.squares, products[i] = both.products;
+    }
+    return {tree_sum(squares), tree_sum(products)};
+#endif
+}
+
+// |E|^2 + gain <E,W>^2 from the sums under a scale.
+LRQ_INLINE float objective(Sums sums, float scale, float gain) {
+    const float area = scale * scale, along = area * sums.products;
+    return area * sums.squares + gain * (along * along);
+}
+
+// The better one of the rule's exponent and the one below, under which the largest weights saturate. One above moves
+// only small weights, to a coarser grid.
 LRQ_INLINE uint32_t best_exponent(const float (&block)[kBlock], float amax, float coherence) {
     const uint32_t start = ruled_exponent(amax);
-    if (start == 0) return 0;
-    Search search(block, amax, static_cast<int>(start), coherence);
-    return static_cast<uint32_t>(search.best_exponent());
+    if (start < 2) return start;
+    // In units in which the scale of the start is 1.
+    const float unit = reciprocal(start);
+    const auto square = [&](int i) {
+        const float one = block[i] * unit, other = block[i + kBlock / 2] * unit;
+        return one * one + other * other;
+    };
+    const float gain = divide(coherence, sum_of_pairs(square));
+    const float here = objective(errors_of(block, unit), 1.0f, gain);
+    return objective(errors_of(block, unit * 2.0f), 0.5f, gain) <= here ? start - 1 : start;
 }
 
 }  // namespace lrq::mxfp8

@@ -74,7 +74,7 @@ constexpr int kSearchThreads = 128;
 constexpr int kSearchShares = kTile / kSearchThreads;
 
 template <class T>
-__global__ void __launch_bounds__(kSearchThreads) search_kernel(Layout layout, bool aligned, float coherence) {
+__global__ void __launch_bounds__(kSearchThreads, 6) search_kernel(Layout layout, bool aligned, float coherence) {
     await_predecessor();
     const uint32_t tile = blockIdx.x / kSearchShares;
     const uint32_t tile_columns = static_cast<uint32_t>(layout.column_tiles);

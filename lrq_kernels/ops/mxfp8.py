@@ -19,12 +19,13 @@ def quantize_mxfp8(x: Tensor, coherence: float | None = None) -> tuple[Tensor, T
     ``x/2^(e-127)``. A block with ``e <= 0`` (amax at most about 2.6e-36) has codes 0 and scale byte 0.
     (OCP Microscaling Formats 1.0, section 6.3, with the scale rounded up as NVIDIA's recipe does.)
 
-    With ``coherence`` = γ the scale of every block is instead the power of two (e from 1 to 254) that minimises
-    ``|E|^2 + γ <E,W>^2/|W|^2`` over the block, W the block and E its error; the smaller scale wins a tie.
+    With ``coherence`` = γ the scale of every block is that, or the one below, under which the largest weights saturate:
+    the one with the smaller ``|E|^2 + γ <E,W>^2/|W|^2`` over the block, W the block and E its error; the smaller scale
+    wins a tie. A scale above the rule's moves only small weights, to a coarser grid.
 
     Args:
         x: [M,N] or [B,M,N], float32, bfloat16 or float16, finite.
-        coherence: γ >= 0 searches the best scales; None takes the rule above.
+        coherence: γ >= 0 takes the better scale of two; None takes the rule above.
 
     Returns:
         codes: float8_e4m3fn [..,32*ceil(M/32),32*ceil(N/32)], zero padded.

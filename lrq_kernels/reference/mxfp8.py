@@ -5,8 +5,7 @@ from torch.nn.functional import pad
 from lrq_kernels.dispatch import kernel
 from lrq_kernels.minifloat import E4M3_MAX, LAST_EXPONENT, encode_e4m3, power_of_two
 from lrq_kernels.ops.mxfp8 import BLOCK
-from lrq_kernels.reference.arithmetic import divide
-from lrq_kernels.reference.search import Candidates, best_scales
+from lrq_kernels.reference.arithmetic import divide, tree_sum
 from lrq_kernels.reference.swizzle import swizzle_scales, unswizzle_scales
 
 ZERO_BELOW = E4M3_MAX * 2.0**-127
@@ -19,28 +18,22 @@ def rounded_up_exponent(amax: Tensor) -> Tensor:
     return torch.where(amax <= ZERO_BELOW, 0, (bits + 0x7FFFFF) >> 23)
 
 
-def _searched(blocks: Tensor, amax: Tensor, start: Tensor, coherence: float) -> Tensor:
-    """Best exponents of the blocks [n,32]."""
-    found = torch.nonzero(start > 0)[:, 0]
-    unit = power_of_two(LAST_EXPONENT - start[found])
+def _objective(blocks: Tensor, step: int, gain: Tensor) -> Tensor:
+    """``|E|^2 + gain·<E,W>^2`` of blocks [n,32] under the scale 2^step."""
+    y = blocks * 2.0**-step
+    error = encode_e4m3(y).float() - y
+    along = tree_sum(error * y) * 4.0**step
+    return tree_sum(error * error) * 4.0**step + gain * (along * along)
 
-    def candidates(part: slice) -> Candidates:
-        units = unit[part]
-        return Candidates(
-            first=1,
-            last=LAST_EXPONENT,
-            octave=1,
-            doubles_from=1,
-            scale=lambda index, code: power_of_two(code) * units[index],
-            nearest=lambda y: encode_e4m3(y).float(),
-            largest=E4M3_MAX,
-            zero_below=2.0**-10,
-        )
 
-    exponents = torch.zeros_like(start)
-    blocks, amax = blocks[found] * unit[:, None], amax[found] * unit
-    exponents[found] = best_scales(blocks, amax, start[found], coherence, candidates)
-    return exponents
+def _searched(blocks: Tensor, start: Tensor, coherence: float) -> Tensor:
+    """The better one of the exponents start [n] and start - 1, the smaller of equals, of the blocks [n,32]."""
+    found = torch.nonzero(start > 1)[:, 0]
+    # In units in which the scale of the start is 1.
+    blocks = blocks[found] * power_of_two(LAST_EXPONENT - start[found])[:, None]
+    gain = torch.full_like(blocks[:, 0], coherence) / tree_sum(blocks * blocks)
+    lower = _objective(blocks, -1, gain) <= _objective(blocks, 0, gain)
+    return start.index_add(0, found, -lower.int())
 
 
 @kernel("quantize_mxfp8", backend="reference")
@@ -50,7 +43,7 @@ def quantize_mxfp8(x: Tensor, coherence: float | None, codes: Tensor, block_scal
     amax = blocks.abs().amax(-1)
     exponent = rounded_up_exponent(amax)
     if coherence is not None:
-        exponent = _searched(blocks.flatten(0, -2), amax.flatten(), exponent.flatten(), coherence).view(amax.shape)
+        exponent = _searched(blocks.flatten(0, -2), exponent.flatten(), coherence).view(amax.shape)
     y = torch.where(exponent[..., None] > 0, blocks * power_of_two(254 - exponent)[..., None], 0.0)
     codes.copy_(encode_e4m3(y).flatten(-2))
     swizzle_scales(exponent.to(torch.uint8), block_scales)

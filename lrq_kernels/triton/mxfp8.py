@@ -13,8 +13,7 @@ from lrq_kernels.triton.minifloat import decode_e8m0, decode_signed_e4m3, encode
 from lrq_kernels.triton.mxfp8_search import best_exponents, ruled_exponent
 
 _RULE = {"BLOCKS": 128, "num_warps": 4}
-# One warp: blocks wait for the slowest of their program, and its vote takes no barrier.
-_SEARCH = {"BLOCKS": 32, "num_warps": 1}
+_SEARCH = {"BLOCKS": 128, "num_warps": 4}
 _EXPAND = {"BLOCKS": 128, "num_warps": 4}
 
 
@@ -79,7 +78,7 @@ def search_kernel(
     row, block, position = place_blocks(tl.program_id(0), tl.arange(0, BLOCKS), coded_blocks, BLOCKS)
     weights = load_16(x, row, block * 32, batch_stride, row_stride, rows, columns)
     weights += load_16(x, row, block * 32 + 16, batch_stride, row_stride, rows, columns)
-    exponent = best_exponents([tl.abs(w) for w in weights], coherence, BLOCKS)
+    exponent = best_exponents([tl.abs(w) for w in weights], coherence, BLOCKS, HARDWARE)
     # Again, from a cache: codes are stored by threads that are neighbours in a block.
     values = _load(x, row, block, batch_stride, row_stride, rows, columns)
     _store(codes, values, exponent, row, block, coded_rows, coded_blocks, HARDWARE)
