@@ -45,10 +45,12 @@ __device__ __forceinline__ void await_predecessor() {
 // Each thread block pays for beginning early; many short ones lose more by it than the launch gains.
 constexpr uint64_t kMostEarlyBlocks = 1 << 15;
 
+// What is known of a device is remembered for so many of them.
+constexpr int kMostDevices = 64;
+
 // Whether kernels of the current device may begin before the one before them has ended. A device runs the code of its
 // own major version only, so theirs await it.
 inline bool may_begin_early(const char* operation) {
-    constexpr int kMostDevices = 64;
     static std::atomic<int> major_of[kMostDevices];
     int device = 0;
     check(cudaGetDevice(&device), operation);
@@ -61,14 +63,24 @@ inline bool may_begin_early(const char* operation) {
     return major >= 9;
 }
 
-// Thread blocks of a kernel that the current device runs at a time.
-template <class... Parameters>
-int64_t resident_blocks(const char* operation, void (*kernel)(Parameters...), int threads) {
-    int device = 0, multiprocessors = 0, blocks = 0;
+// Thread blocks of a kernel that the current device runs at a time, if it is alone; shared memory is given it for them.
+template <auto kKernel>
+int64_t resident_blocks(const char* operation, int threads) {
+    static std::atomic<int64_t> found[kMostDevices];
+    int device = 0;
     check(cudaGetDevice(&device), operation);
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), operation);
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0), operation);
-    return int64_t{multiprocessors} * blocks;
+    int64_t resident = device < kMostDevices ? found[device].load(std::memory_order_relaxed) : 0;
+    if (resident == 0) {
+        int multiprocessors = 0, blocks = 0;
+        check(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared),
+              operation);
+        check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), operation);
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, 0), operation);
+        resident = int64_t{multiprocessors} * blocks;
+        if (device < kMostDevices) found[device].store(resident, std::memory_order_relaxed);
+    }
+    return resident;
 }
 
 template <class... Parameters, class... Arguments>

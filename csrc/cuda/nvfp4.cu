@@ -23,9 +23,10 @@ using nvfp4::kBlock;
 using nvfp4::Layout;
 
 constexpr char kOperation[] = "quantize_nvfp4";
-// 128 bytes in flight for every thread.
+// 128 bytes in flight for every thread, or 64 where so few blocks would leave multiprocessors idle.
 template <class T>
 constexpr int kRowsOf = 8 / sizeof(T);
+constexpr int64_t kFewBlocks = 2048;
 
 // Small blocks, saturated scales, odd tensor scales.
 template <class T>
@@ -72,15 +73,17 @@ __device__ __noinline__ uint3 search_rarely(const Block16<BFloat16> block, float
     return make_uint3(codes.x, codes.y, scale);
 }
 
-template <class T, bool kSearch, bool kWhole>
-__global__ void __launch_bounds__(kSpanThreads, kSearch ? 4 : 7)
+// `kRows`: of a thread.
+template <class T, bool kSearch, bool kWhole, int kRows>
+__global__ void __launch_bounds__(kSpanThreads, kSearch               ? 4
+                                                : kRows == kRowsOf<T> ? 7
+                                                                      : 10)
     quantize_kernel(Layout layout, uint32_t spans, Found found, float coherence) {
     await_predecessor();
-    constexpr int kRows = kSearch ? 1 : kRowsOf<T>;
     __shared__ uint4 staged[kSpanTiles][kRows];
     const int64_t matrix = blockIdx.y;
     // Backwards: the end of the matrix is what the pass over amax left in the L2 cache.
-    const Span<kRows> span(layout, spans, gridDim.x - 1 - blockIdx.x);
+    const Span<kRows> span(layout, spans, gridDim.x - 1 - blockIdx.x, threadIdx.x / kWarpSize);
     Block16<T> blocks[kRows];
     span.template load<kWhole>(layout, matrix, blocks);
     const float outer =
@@ -136,20 +139,35 @@ class Ahead {
     uint32_t turn_ = 0;
 };
 
-// Of bfloat16. Thread blocks stay, for the sake of their table.
+// Bytes i of four lanes that differ in the two lowest bits of their number, in lane i of them: a transpose.
+__device__ __forceinline__ uint32_t exchange_bytes(uint32_t bytes) {
+    const uint32_t lane = threadIdx.x;
+    const uint32_t by_one = __shfl_xor_sync(kWholeWarp, bytes, 1);
+    bytes = lane & 1 ? __byte_perm(by_one, bytes, 0x7351) : __byte_perm(bytes, by_one, 0x6240);
+    const uint32_t by_two = __shfl_xor_sync(kWholeWarp, bytes, 2);
+    return lane & 2 ? __byte_perm(by_two, bytes, 0x7632) : __byte_perm(bytes, by_two, 0x5410);
+}
+
+constexpr uint32_t kSieveWarps = kSpanThreads / kWarpSize;
+
+// Of bfloat16. Thread blocks stay, for the sake of their table; after it no warp waits for another: blocks in doubt
+// come unevenly.
 template <bool kWhole>
 __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
     sieve_kernel(Layout layout, uint32_t spans, uint32_t parts, Found found, float coherence) {
     await_predecessor();
     __shared__ Octaves table[SieveTable::kRows];
-    // By turns: a thread may be a part ahead of those that still read.
-    __shared__ uint4 staged[2][kSpanTiles][1];
-    __shared__ uint4 weights[kSpanThreads / kWarpSize][2];
+    __shared__ uint4 weights[kSieveWarps][2];
     __shared__ uint4 room[2][2][kSpanThreads];
-    Ahead ahead(room);
-    const auto span_of = [&](uint32_t part) { return Span<1>(layout, spans, parts - 1 - part); };
-    if constexpr (kWhole) ahead.fetch(layout, blockIdx.y, span_of(blockIdx.x));
     const int64_t matrix = blockIdx.y;
+    const uint32_t stride = gridDim.x * kSieveWarps;
+    uint32_t part = blockIdx.x * kSieveWarps + threadIdx.x / kWarpSize, quarter = 0;
+    const auto span_of = [&](uint32_t number, uint32_t taken) {
+        return Span<1>(layout, spans, parts - 1 - number, taken);
+    };
+    Ahead ahead(room);
+    if constexpr (kWhole)
+        if (part < parts) ahead.fetch(layout, matrix, span_of(part, 0));
     const float outer =
         layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(found.of(matrix));
     if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = outer;
@@ -157,13 +175,14 @@ __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
     if (sieved) SieveTable::fill(table, outer, static_cast<int>(threadIdx.x), kSpanThreads);
     const Quotient by_outer(outer, 0.0f);
     __syncthreads();
-    uint32_t turn = 0;
-    for (uint32_t part = blockIdx.x; part < parts; part += gridDim.x, turn ^= 1) {
-        const Span<1> span = span_of(part);
+    uint32_t scales = 0;
+    while (part < parts) {
+        const Span<1> span = span_of(part, quarter);
         Block16<BFloat16> blocks[1];
         if constexpr (kWhole) {
             ahead.take(blocks[0]);
-            if (part + gridDim.x < parts) ahead.fetch(layout, matrix, span_of(part + gridDim.x));
+            const uint32_t next = quarter == 3 ? part + stride : part;
+            if (next < parts) ahead.fetch(layout, matrix, span_of(next, (quarter + 1) % 4));
         } else {
             span.template load<false>(layout, matrix, blocks);
         }
@@ -184,44 +203,72 @@ __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
         }
         settle(block, doubt, outer, coherence, weights[threadIdx.x / kWarpSize], result);
         if (lost) result = search_rarely(block, outer, coherence);
-        span.store(layout, matrix, blocks, staged[turn], [&](const Block16<BFloat16>&, uint32_t& scale) {
-            scale = result.z;
-            if (lost || scale == 0) return make_uint2(result.x, result.y);
-            return make_uint2(result.x | signs_of(block, 0), result.y | signs_of(block, 4));
-        });
+        if (!lost && result.z) result.x |= signs_of(block, 0), result.y |= signs_of(block, 4);
+        if (span.coded > 0) *span.codes_of(layout, matrix) = make_uint2(result.x, result.y);
+        scales = scales >> 8 | result.z << 24;
+        if (++quarter == 4) {
+            const int64_t tile = int64_t{span.span} * kSpanTiles + span.lane / 4;
+            const uint32_t word = exchange_bytes(scales);
+            if (tile < layout.column_tiles)
+                reinterpret_cast<uint32_t*>(span.scales_of(layout, matrix, tile))[span.lane % 4] = word;
+            part += stride, quarter = 0;
+        }
     }
 }
 
-template <class T, bool kSearch>
-void run(const Layout& layout, const std::optional<Tensor>& room, float coherence, uintptr_t stream) {
-    const bool whole = is_aligned<T>(layout.x) && layout.blocks * kBlock == layout.x.columns;
-    require(layout.x.batch <= kMaxGridY, "quantize_nvfp4: too many matrices for one launch");
-    const int64_t spans = (layout.column_tiles + kSpanTiles - 1) / kSpanTiles;
-    const int64_t blocks = layout.row_tiles * (kSearch ? 32 : 32 / kRowsOf<T>)*spans;
-    require(blocks <= kMaxGridX && layout.blocks < kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
-    const Found found = layout.given_scale ? Found{} : find_amax<T>(layout.x, *room, stream, kOperation);
-    if constexpr (kSearch && std::is_same_v<T, BFloat16>) {
-        const auto kernel = whole ? sieve_kernel<true> : sieve_kernel<false>;
-        const int64_t resident = resident_blocks(kOperation, kernel, kSpanThreads);
-        // No more than run at a time: each would fill a table for what is left over.
-        const int64_t held = std::max<int64_t>(resident / std::max<int64_t>(layout.x.batch, 1), 1);
-        launch(kOperation, kernel,
-               dim3(static_cast<unsigned>(std::min(blocks, held)), static_cast<unsigned>(layout.x.batch)),
-               dim3(kSpanThreads), stream, layout, static_cast<uint32_t>(spans), static_cast<uint32_t>(blocks), found,
-               coherence);
-    } else {
-        const auto kernel = whole ? quantize_kernel<T, kSearch, true> : quantize_kernel<T, kSearch, false>;
-        launch(kOperation, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(layout.x.batch)),
-               dim3(kSpanThreads), stream, layout, static_cast<uint32_t>(spans), found, coherence);
+// Where the weights are, and what they are quantized by.
+struct Call {
+    Layout layout;
+    int64_t spans;
+    bool whole;
+    Found found;
+    float coherence;
+    uintptr_t stream;
+
+    // Parts of a matrix, of which a thread has so many rows.
+    int64_t parts(int rows) const { return layout.row_tiles * (32 / rows) * spans; }
+
+    template <class Kernel, class... Arguments>
+    void launch(Kernel kernel, int64_t blocks, Arguments... more) const {
+        require(blocks <= kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
+        const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(layout.x.batch));
+        cuda::launch(kOperation, kernel, grid, dim3(kSpanThreads), stream, layout, static_cast<uint32_t>(spans),
+                     more..., found, coherence);
     }
+};
+
+template <class T, bool kSearch, int kRows>
+void quantize(const Call& call) {
+    call.launch(call.whole ? quantize_kernel<T, kSearch, true, kRows> : quantize_kernel<T, kSearch, false, kRows>,
+                call.parts(kRows));
+}
+
+template <bool kWhole>
+void sieve(const Call& call) {
+    const int64_t parts = call.parts(1), resident = resident_blocks<sieve_kernel<kWhole>>(kOperation, kSpanThreads);
+    require(parts <= kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
+    // No more than run at a time: each would fill a table for what is left over.
+    const int64_t held = std::max<int64_t>(resident / std::max<int64_t>(call.layout.x.batch, 1), 1);
+    call.launch(sieve_kernel<kWhole>, std::min((parts + kSieveWarps - 1) / kSieveWarps, held),
+                static_cast<uint32_t>(parts));
 }
 
 template <class T>
 void run(const Layout& layout, const std::optional<Tensor>& room, std::optional<double> coherence, uintptr_t stream) {
-    if (coherence)
-        run<T, true>(layout, room, static_cast<float>(*coherence), stream);
-    else
-        run<T, false>(layout, room, 0.0f, stream);
+    require(layout.x.batch <= kMaxGridY, "quantize_nvfp4: too many matrices for one launch");
+    require(layout.blocks < kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
+    const bool whole = is_aligned<T>(layout.x) && layout.blocks * kBlock == layout.x.columns;
+    const Found found = layout.given_scale ? Found{} : find_amax<T>(layout.x, *room, stream, kOperation);
+    const Call call{layout, (layout.column_tiles + kSpanTiles - 1) / kSpanTiles, whole,
+                    found,  static_cast<float>(coherence.value_or(0.0)),         stream};
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        if (coherence) return whole ? sieve<true>(call) : sieve<false>(call);
+    } else if (coherence) {
+        return quantize<T, true, 1>(call);
+    }
+    constexpr int kMany = kRowsOf<T>;
+    call.parts(kMany) * layout.x.batch > kFewBlocks ? quantize<T, false, kMany>(call)
+                                                    : quantize<T, false, kMany / 2>(call);
 }
 
 struct Nvfp4 {
@@ -256,7 +303,7 @@ std::string refusal(int device_index) {
     if (status == cudaSuccess && device_index < count) {
         const DeviceGuard guard(device_index, "refusal");
         cudaFuncAttributes attributes;
-        status = cudaFuncGetAttributes(&attributes, quantize_kernel<float, false, true>);
+        status = cudaFuncGetAttributes(&attributes, quantize_kernel<float, false, true, 2>);
     }
     // The next call must not find this error.
     cudaGetLastError();

@@ -12,22 +12,24 @@ constexpr int kSpanThreads = 128;
 constexpr int kSpanTiles = kWarpSize / nvfp4::kTileColumns;
 
 // Where a thread works in its matrix. A warp takes 32 neighbouring blocks of a row, a thread kRows rows with all of
-// their loads in flight, and the four warps the rows r, r + 32, r + 64 and r + 96: together 16 neighbouring bytes of
-// the swizzled scales. Such parts are numbered from tile row to tile row.
+// their loads in flight, and the four quarters of a part the rows r, r + 32, r + 64 and r + 96: together 16
+// neighbouring bytes of the swizzled scales. Four warps take a quarter each, or one warp one after the other. Parts are
+// numbered from tile row to tile row.
 template <int kRows>
 struct Span {
     static constexpr uint32_t kShares = 32 / kRows;
-    uint32_t span, share, tile_row, lane, warp, block;
+    uint32_t span, share, tile_row, lane, quarter, block;
     int64_t first_row;
     // Rows of this thread that hold weights, and rows that hold codes.
     int full, coded;
 
-    __device__ __forceinline__ Span(const nvfp4::Layout& layout, uint32_t spans, uint32_t part) {
+    __device__ __forceinline__ Span(const nvfp4::Layout& layout, uint32_t spans, uint32_t part, uint32_t taken)
+        : quarter(taken) {
         const uint32_t above = part / spans;
         span = part - above * spans, share = above % kShares, tile_row = above / kShares;
-        lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+        lane = threadIdx.x % kWarpSize;
         block = span * kWarpSize + lane;
-        first_row = int64_t{tile_row} * nvfp4::kTileRows + warp * 32 + share * kRows;
+        first_row = int64_t{tile_row} * nvfp4::kTileRows + quarter * 32 + share * kRows;
         full = block < layout.blocks ? static_cast<int>(min(layout.x.rows - first_row, int64_t{kRows})) : 0;
         coded = block < layout.blocks ? static_cast<int>(min(layout.code_rows - first_row, int64_t{kRows})) : 0;
     }
@@ -60,9 +62,8 @@ struct Span {
     __device__ __forceinline__ void store(const nvfp4::Layout& layout, int64_t matrix,
                                           const Block16<T> (&blocks)[kRows], uint4 (&staged)[kSpanTiles][kRows],
                                           const Quantize& quantize) const {
-        uint2* codes =
-            reinterpret_cast<uint2*>(layout.codes) + (matrix * layout.code_rows + first_row) * layout.blocks + block;
-        uint8_t* const own = reinterpret_cast<uint8_t*>(&staged[lane / 4][0]) + warp * 4 + lane % 4;
+        uint2* codes = codes_of(layout, matrix);
+        uint8_t* const own = reinterpret_cast<uint8_t*>(&staged[lane / 4][0]) + quarter * 4 + lane % 4;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             uint32_t scale = 0;
@@ -75,11 +76,19 @@ struct Span {
         }
         __syncthreads();
         const int64_t tile = int64_t{span} * kSpanTiles + threadIdx.x / kRows;
-        if (threadIdx.x < kSpanTiles * kRows && tile < layout.column_tiles) {
-            const int64_t place = (matrix * layout.row_tiles + tile_row) * layout.column_tiles + tile;
-            uint4* const target = reinterpret_cast<uint4*>(layout.scales + place * nvfp4::kTile) + share * kRows;
-            target[threadIdx.x % kRows] = staged[threadIdx.x / kRows][threadIdx.x % kRows];
-        }
+        if (threadIdx.x < kSpanTiles * kRows && tile < layout.column_tiles)
+            scales_of(layout, matrix, tile)[threadIdx.x % kRows] = staged[threadIdx.x / kRows][threadIdx.x % kRows];
+    }
+
+    // Of the first row, in this thread's block.
+    __device__ __forceinline__ uint2* codes_of(const nvfp4::Layout& layout, int64_t matrix) const {
+        return reinterpret_cast<uint2*>(layout.codes) + (matrix * layout.code_rows + first_row) * layout.blocks + block;
+    }
+
+    // What the part has of a tile of scales: 16 bytes for each of its rows.
+    __device__ __forceinline__ uint4* scales_of(const nvfp4::Layout& layout, int64_t matrix, int64_t tile) const {
+        const int64_t place = (matrix * layout.row_tiles + tile_row) * layout.column_tiles + tile;
+        return reinterpret_cast<uint4*>(layout.scales + place * nvfp4::kTile) + share * kRows;
     }
 };
 
