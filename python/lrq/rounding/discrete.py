@@ -8,6 +8,7 @@ the device; the host only asks, every :data:`CHECK` steps, whether every matrix 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 import lrq_kernels
 from lrq.config import Rounding
@@ -72,7 +73,7 @@ class _State:
         projected = metric.project(error.to(metric.right.dtype))
         objective = squares(projected) + metric.plain_weight * sums[..., 0].sum(1)
         kept = objective < self.objective
-        self.values = torch.where(kept[:, None, None], values, self.values)
+        self.values = _chosen(kept, values, self.values)
         self.projected = torch.where(kept[:, None, None], projected, self.projected)
         self.objective = torch.where(kept, objective, self.objective)
         self.share = torch.where(kept, (self.share * GROWTH).clamp(max=1.0), self.share * DECAY)
@@ -83,3 +84,11 @@ class _State:
         self.rested |= self.objective >= self.checked * (1 - RELATIVE_GAIN)
         self.checked = self.objective
         return bool(self.rested.all())
+
+
+def _chosen(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Matrices [B,N,K] of ``new`` or ``old``, bit for bit."""
+    # What is chosen by row costs as much for an element of any size.
+    element = torch.int64 if new[0].numel() % 4 == 0 else new.dtype
+    chosen = torch.where(which[:, None], new.flatten(1).view(element), old.flatten(1).view(element))
+    return chosen.view(new.dtype).view(new.shape)

@@ -14,10 +14,15 @@ ALIGNMENT = 64
 """A GPU gets zero directions up to a multiple of this: products of rows that no 16 bytes divide are slow."""
 LEAST_VALUE = 1e-2
 """Singular values below this share of the largest may leave too few digits to a direction of the other side."""
+_HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
+"""Whether torch multiplies bfloat16 into float32."""
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
     """Sum of the squares of every matrix of x [B,N,K], float64 [B], a part of x at a time."""
+    if x.is_cuda:
+        # One kernel, which makes no copy.
+        return torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64).square()
     rows = max(1, (1 << 20) // (x.shape[0] * x.shape[2]))
     total = x.new_zeros(len(x), dtype=torch.float64)
     for part in x.split(rows, 1):
@@ -109,9 +114,22 @@ def leading_subspaces(w: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 def _leading(w: Tensor, count: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
     rows, columns = w.shape[-2:]
     tall = columns <= rows
-    squares, vectors = torch.linalg.eigh(w.mT @ w if tall else w @ w.mT)
+    squares, vectors = torch.linalg.eigh(gram(w if tall else w.mT))
     values, vectors = squares[..., -count:].clamp(min=0).sqrt(), vectors[..., -count:].contiguous()
     return (None, vectors, values) if tall else (vectors, None, values)
+
+
+def gram(w: Tensor) -> Tensor:
+    """``W'W`` of w [..,N,K], in w's dtype.
+
+    On a GPU, weights that bfloat16 holds take its products, which float32 holds: exact but for the sums, as in float32.
+    """
+    if w.is_cuda and w.dtype == torch.float32 and _HAS_WIDE_PRODUCTS:
+        half = w.bfloat16()
+        if torch.equal(half.float(), w):
+            batch = half.reshape(-1, *w.shape[-2:])
+            return torch.bmm(batch.mT, batch, out_dtype=torch.float32).view(*w.shape[:-2], *2 * w.shape[-1:])
+    return w.mT @ w
 
 
 def _other_side(w: Tensor, vectors: Tensor, values: Tensor) -> Tensor:

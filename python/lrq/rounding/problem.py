@@ -59,11 +59,13 @@ class Problem:
         return torch.cat([error for _, error in self.errors(values)], 1)
 
     def projected(self, values: Tensor) -> Tensor:
-        """``U'EV``."""
-        inner = self.weight.new_empty(*self.weight.shape[:2], self.metric.right.shape[2])
+        """``U'EV``, float32 or the weights' dtype, from products of :func:`product_dtype`."""
+        metric = self.metric.to(product_dtype(self.weight.device)) if self.weight.is_cuda else self.metric
+        right = metric.right
+        inner = right.new_empty(*self.weight.shape[:2], right.shape[2])
         for part, error in self.errors(values):
-            inner[:, part] = error @ self.metric.right
-        return inner if self.metric.left is None else self.metric.left.mT @ inner
+            inner[:, part] = error.to(right.dtype) @ right
+        return (inner if metric.left is None else metric.left.mT @ inner).to(self.weight.dtype)
 
     def plain(self, values: Tensor) -> Tensor:
         """``|E|^2``, float64 [B]."""
