@@ -3,7 +3,8 @@
     python benchmarks/profile_kernels.py [--json FILE] [CASE ...]      a case: backend:part of its name
 
 For every kernel of a case: µs, the share of the peak DRAM bandwidth, the share of cycles in which a scheduler issues an
-instruction, thread instructions a weight, active threads of a warp, resident warps, and what warps wait for most.
+instruction, how busy the integer units are (ALU: an instruction takes them two cycles), thread instructions a weight,
+active threads of a warp, resident warps, and what warps wait for most.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ METRICS = {
     "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "dram_bytes": "dram__bytes.sum",
     "issue_percent": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "alu_percent": "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active",
+    "fma_percent": "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active",
     "instructions": "smsp__thread_inst_executed.sum",
     "threads": "smsp__thread_inst_executed_per_inst_executed.ratio",
     "warps_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
@@ -108,7 +111,8 @@ if __name__ == "__main__":
         for one in results:
             print(
                 f"{one['case']:40} {one['kernel'][:40]:40} {one['us']:7.1f} us, DRAM {one['dram_percent']:3.0f} %, "
-                f"issue {one['issue_percent']:3.0f} %, {one['instructions_a_weight']:6.1f} instructions a weight, "
+                f"issue {one['issue_percent']:3.0f} %, ALU {one['alu_percent']:3.0f} %, "
+                f"{one['instructions_a_weight']:6.1f} instructions a weight, "
                 f"{one['threads']:4.1f} of 32 threads, warps {one['warps_percent']:3.0f} %, {one['waits_for']}"
             )
         if options.json:
