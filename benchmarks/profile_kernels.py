@@ -32,6 +32,7 @@ CASES = [
     *("triton:quantize NVFP4, best scales", "triton:quantize INT8 row, Hadamard 256", "triton:step of rounding, E2M1"),
 ]
 STALLS = ("long_scoreboard", "short_scoreboard", "barrier", "math_pipe_throttle", "wait", "lg_throttle", "mio_throttle")
+STALLS += ("no_instruction", "branch_resolving", "dispatch_stall", "not_selected")
 METRICS = {
     "us": "gpu__time_duration.sum",
     "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -92,7 +93,7 @@ def profiled(names: list[str]) -> list[dict[str, object]]:
             values[name] = float(row[metric].replace(",", "")) * UNITS.get(units[metric], 1.0)
         values["instructions_a_weight"] = values.pop("instructions") / count
         stalls = {name: values.pop(name) for name in STALLS}
-        waits = max(stalls, key=lambda name: stalls[name])
+        waits = max((name for name in stalls if name != "not_selected"), key=lambda name: stalls[name])
         kernel = row["Kernel Name"].partition("(")[0]
         found.append({"case": names[position], "kernel": kernel, **values, "waits_for": waits, "stalls": stalls})
     return found

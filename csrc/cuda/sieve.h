@@ -63,9 +63,9 @@ class Sieve {
     static constexpr int kBelow = 4;
     static constexpr int kAbove = kBelow + kCount;
 
-    // `ratio` is amax / 6 / tensor_scale.
+    // `ratio` is amax / 6 / tensor_scale: of the block with the amax of its matrix somewhat over kE4M3Max, by rounding.
     static LRQ_INLINE bool serves(float most, float ratio) {
-        return most > 0x1p-60f && most < 0x1p60f && ratio >= 0x1p-5f && ratio <= kE4M3Max;
+        return most > 0x1p-60f && most < 0x1p60f && ratio >= 0x1p-5f && ratio <= 1.125f * kE4M3Max;
     }
 
     LRQ_INLINE Sieve(const uint32_t (&words)[8], float most, float ratio, float tensor_scale, float coherence,

@@ -13,7 +13,7 @@ from lrq_kernels.triton.minifloat import decode_e8m0, decode_signed_e4m3, encode
 from lrq_kernels.triton.mxfp8_search import best_exponents, ruled_exponent
 
 _RULE = {"BLOCKS": 128, "num_warps": 4}
-_SEARCH = {"BLOCKS": 128, "num_warps": 4}
+_SEARCH = {"BLOCKS": 64, "num_warps": 2}
 _EXPAND = {"BLOCKS": 128, "num_warps": 4}
 
 

@@ -235,7 +235,8 @@ def rows_config(columns: int, group: int) -> dict[str, int] | None:
     if chunks > most:
         return None
     rows = max(_ROWS_WEIGHTS // chunk, 1) if chunks == 1 else 1
-    held = 8 if not group else 32 if 32 * chunks <= _ROTATED_HELD else 16
+    # Of short rows a warp holds whole ones: their maximum takes no barrier.
+    held = (32 if chunks == 1 else 8) if not group else 32 if 32 * chunks <= _ROTATED_HELD else 16
     return {"ROWS": rows, "CHUNK": chunk, "CHUNKS": chunks, "GROUP": group, "num_warps": warps_of(rows * chunk, held)}
 
 

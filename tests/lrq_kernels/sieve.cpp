@@ -52,7 +52,9 @@ struct Block {
         float most = 0.0f;
         for (float& weight : weights) weight = weight_of(kind), most = fmaxf(most, fabsf(weight));
         const float level = tensor_scale * lrq::decode_e4m3(1 + below(126));
-        const float unit = kind == 3 || kind == 4 || most == 0.0f ? level : 6.0f * level / most;
+        // Somewhat above the last scale, too.
+        const float over = below(8) ? 6.0f : 6.6f;
+        const float unit = kind == 3 || kind == 4 || most == 0.0f ? level : over * level / most;
         for (int i = 0; i < 16; ++i) {
             const uint32_t bits = (lrq::to_bits(weights[i] * unit) + 0x8000u) >> 16;
             weights[i] = lrq::from_bits(bits << 16);
