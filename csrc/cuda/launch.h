@@ -63,24 +63,28 @@ inline bool may_begin_early(const char* operation) {
     return major >= 9;
 }
 
-// Thread blocks of a kernel that the current device runs at a time, if it is alone; shared memory is given it for them.
+// Thread blocks as large as a kernel's bound on the current device, and how many of them run at a time there.
+struct Resident {
+    uint32_t blocks, threads;
+};
+
 template <auto kKernel>
-int64_t resident_blocks(const char* operation, int threads) {
-    static std::atomic<int64_t> found[kMostDevices];
+Resident resident(const char* operation) {
+    static std::atomic<Resident> found[kMostDevices];
     int device = 0;
     check(cudaGetDevice(&device), operation);
-    int64_t resident = device < kMostDevices ? found[device].load(std::memory_order_relaxed) : 0;
-    if (resident == 0) {
+    Resident all = device < kMostDevices ? found[device].load(std::memory_order_relaxed) : Resident{};
+    if (all.blocks == 0) {
         int multiprocessors = 0, blocks = 0;
-        check(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                   cudaSharedmemCarveoutMaxShared),
-              operation);
+        cudaFuncAttributes attributes{};
+        check(cudaFuncGetAttributes(&attributes, kKernel), operation);
         check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), operation);
-        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, 0), operation);
-        resident = int64_t{multiprocessors} * blocks;
-        if (device < kMostDevices) found[device].store(resident, std::memory_order_relaxed);
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, attributes.maxThreadsPerBlock, 0),
+              operation);
+        all = {static_cast<uint32_t>(multiprocessors * blocks), static_cast<uint32_t>(attributes.maxThreadsPerBlock)};
+        if (device < kMostDevices) found[device].store(all, std::memory_order_relaxed);
     }
-    return resident;
+    return all;
 }
 
 template <class... Parameters, class... Arguments>

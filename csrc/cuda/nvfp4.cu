@@ -104,24 +104,24 @@ __device__ __forceinline__ float bound_of(const Block16<BFloat16>& block) {
     return widen_most<BFloat16>(most);
 }
 
-// Thread blocks on a multiprocessor: as many as registers suffice for.
+// A thread block fills a multiprocessor, as far as registers suffice.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kSieveBlocks = 4;
+constexpr int kSieveThreads = 512;
 #else
-constexpr int kSieveBlocks = 5;
+constexpr int kSieveThreads = 640;
 #endif
 
-// The weights of a thread's next part, on their way while those of this one are worked on.
+// The weights of a thread's next block, on their way while those of this one are worked on.
 class Ahead {
   public:
-    __device__ __forceinline__ explicit Ahead(uint4 (&room)[2][2][kSpanThreads]) : room_(room) {}
+    __device__ __forceinline__ explicit Ahead(uint4 (&room)[2][kSieveThreads]) : room_(room) {}
 
+    // What was fetched before must have been used.
     __device__ __forceinline__ void fetch(const Layout& layout, int64_t matrix, const Span<1>& span) {
-        turn_ ^= 1;
         if (span.full > 0) {
             const auto* const from = reinterpret_cast<const uint4*>(span.weights<BFloat16>(layout, matrix));
-            __pipeline_memcpy_async(&room_[turn_][0][threadIdx.x], from, sizeof(uint4));
-            __pipeline_memcpy_async(&room_[turn_][1][threadIdx.x], from + 1, sizeof(uint4));
+            __pipeline_memcpy_async(&room_[0][threadIdx.x], from, sizeof(uint4));
+            __pipeline_memcpy_async(&room_[1][threadIdx.x], from + 1, sizeof(uint4));
         }
         __pipeline_commit();
     }
@@ -129,67 +129,55 @@ class Ahead {
     // What was fetched last; no other thread reads it.
     __device__ __forceinline__ void take(Block16<BFloat16>& block) const {
         __pipeline_wait_prior(0);
-        const uint4 low = room_[turn_][0][threadIdx.x], high = room_[turn_][1][threadIdx.x];
+        const uint4 low = room_[0][threadIdx.x], high = room_[1][threadIdx.x];
         block.words[0] = low.x, block.words[1] = low.y, block.words[2] = low.z, block.words[3] = low.w;
         block.words[4] = high.x, block.words[5] = high.y, block.words[6] = high.z, block.words[7] = high.w;
     }
 
   private:
-    uint4 (&room_)[2][2][kSpanThreads];
-    uint32_t turn_ = 0;
+    uint4 (&room_)[2][kSieveThreads];
 };
 
-// Bytes i of four lanes that differ in the two lowest bits of their number, in lane i of them: a transpose.
-__device__ __forceinline__ uint32_t exchange_bytes(uint32_t bytes) {
-    const uint32_t lane = threadIdx.x;
-    const uint32_t by_one = __shfl_xor_sync(kWholeWarp, bytes, 1);
-    bytes = lane & 1 ? __byte_perm(by_one, bytes, 0x7351) : __byte_perm(bytes, by_one, 0x6240);
-    const uint32_t by_two = __shfl_xor_sync(kWholeWarp, bytes, 2);
-    return lane & 2 ? __byte_perm(by_two, bytes, 0x7632) : __byte_perm(bytes, by_two, 0x5410);
-}
-
-constexpr uint32_t kSieveWarps = kSpanThreads / kWarpSize;
-
-// Of bfloat16. Thread blocks stay, for the sake of their table; after it no warp waits for another: blocks in doubt
-// come unevenly.
+// Of bfloat16; `units` are quarters of parts. Thread blocks stay, for the sake of their table. A warp takes the next
+// unit of its thread block whenever it is free: warps run at uneven speeds, old ones first.
 template <bool kWhole>
-__global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
-    sieve_kernel(Layout layout, uint32_t spans, uint32_t parts, Found found, float coherence) {
+__global__ void __launch_bounds__(kSieveThreads, 1)
+    sieve_kernel(Layout layout, uint32_t spans, uint32_t units, Found found, float coherence) {
     await_predecessor();
     __shared__ Octaves table[SieveTable::kRows];
-    __shared__ uint4 weights[kSieveWarps][2];
-    __shared__ uint4 room[2][2][kSpanThreads];
+    __shared__ uint4 weights[kSieveThreads / kWarpSize][2];
+    __shared__ uint4 room[2][kSieveThreads];
+    __shared__ uint32_t taken;
     const int64_t matrix = blockIdx.y;
-    const uint32_t stride = gridDim.x * kSieveWarps;
-    uint32_t part = blockIdx.x * kSieveWarps + threadIdx.x / kWarpSize, quarter = 0;
-    const auto span_of = [&](uint32_t number, uint32_t taken) {
-        return Span<1>(layout, spans, parts - 1 - number, taken);
-    };
+    const uint32_t warp = threadIdx.x / kWarpSize;
+    const auto span_of = [&](uint32_t unit) { return Span<1>(layout, spans, (units - 1 - unit) / 4, unit % 4); };
     Ahead ahead(room);
+    uint32_t unit = warp * gridDim.x + blockIdx.x;
     if constexpr (kWhole)
-        if (part < parts) ahead.fetch(layout, matrix, span_of(part, 0));
+        if (unit < units) ahead.fetch(layout, matrix, span_of(unit));
     const float outer =
         layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(found.of(matrix));
     if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = outer;
     const bool sieved = SieveTable::serves(outer, coherence);
-    if (sieved) SieveTable::fill(table, outer, static_cast<int>(threadIdx.x), kSpanThreads);
+    if (sieved) SieveTable::fill(table, outer, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
+    if (threadIdx.x == 0) taken = blockDim.x / kWarpSize;
     const Quotient by_outer(outer, 0.0f);
     __syncthreads();
-    uint32_t scales = 0;
-    while (part < parts) {
-        const Span<1> span = span_of(part, quarter);
+    while (unit < units) {
+        const Span<1> span = span_of(unit);
+        if (span.lane == 0) unit = atomicAdd(&taken, 1u) * gridDim.x + blockIdx.x;
+        unit = __shfl_sync(kWholeWarp, unit, 0);
         Block16<BFloat16> blocks[1];
-        if constexpr (kWhole) {
+        if constexpr (kWhole)
             ahead.take(blocks[0]);
-            const uint32_t next = quarter == 3 ? part + stride : part;
-            if (next < parts) ahead.fetch(layout, matrix, span_of(next, (quarter + 1) % 4));
-        } else {
+        else
             span.template load<false>(layout, matrix, blocks);
-        }
         const Block16<BFloat16>& block = blocks[0];
+        const float most = span.full > 0 ? bound_of(block) : 0.0f;
+        if constexpr (kWhole)
+            if (unit < units) ahead.fetch(layout, matrix, span_of(unit));
         uint3 result = make_uint3(0, 0, 0);
         Doubt doubt;
-        const float most = span.full > 0 ? bound_of(block) : 0.0f;
         const float ratio = by_outer.of(Quotient(kE2M1Max, 1.0f / kE2M1Max, true).of(most));
         bool lost = !(most == 0.0f);
         if (sieved && Sieve::serves(most, ratio)) {
@@ -201,18 +189,14 @@ __global__ void __launch_bounds__(kSpanThreads, kSieveBlocks)
             if (!lost && (doubtful & (doubtful - 1)) != 0)
                 doubt = {doubtful, sieve.first(), sieve.unit(), sieve.limit()};
         }
-        settle(block, doubt, outer, coherence, weights[threadIdx.x / kWarpSize], result);
+        settle(block, doubt, outer, coherence, weights[warp], result);
         if (lost) result = search_rarely(block, outer, coherence);
         if (!lost && result.z) result.x |= signs_of(block, 0), result.y |= signs_of(block, 4);
         if (span.coded > 0) *span.codes_of(layout, matrix) = make_uint2(result.x, result.y);
-        scales = scales >> 8 | result.z << 24;
-        if (++quarter == 4) {
-            const int64_t tile = int64_t{span.span} * kSpanTiles + span.lane / 4;
-            const uint32_t word = exchange_bytes(scales);
-            if (tile < layout.column_tiles)
-                reinterpret_cast<uint32_t*>(span.scales_of(layout, matrix, tile))[span.lane % 4] = word;
-            part += stride, quarter = 0;
-        }
+        const int64_t tile = int64_t{span.span} * kSpanTiles + span.lane / 4;
+        if (tile < layout.column_tiles)
+            reinterpret_cast<uint8_t*>(span.scales_of(layout, matrix, tile))[span.quarter * 4 + span.lane % 4] =
+                static_cast<uint8_t>(result.z);
     }
 }
 
@@ -229,28 +213,29 @@ struct Call {
     int64_t parts(int rows) const { return layout.row_tiles * (32 / rows) * spans; }
 
     template <class Kernel, class... Arguments>
-    void launch(Kernel kernel, int64_t blocks, Arguments... more) const {
+    void launch(Kernel kernel, int64_t blocks, unsigned threads, Arguments... more) const {
         require(blocks <= kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
         const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(layout.x.batch));
-        cuda::launch(kOperation, kernel, grid, dim3(kSpanThreads), stream, layout, static_cast<uint32_t>(spans),
-                     more..., found, coherence);
+        cuda::launch(kOperation, kernel, grid, dim3(threads), stream, layout, static_cast<uint32_t>(spans), more...,
+                     found, coherence);
     }
 };
 
 template <class T, bool kSearch, int kRows>
 void quantize(const Call& call) {
     call.launch(call.whole ? quantize_kernel<T, kSearch, true, kRows> : quantize_kernel<T, kSearch, false, kRows>,
-                call.parts(kRows));
+                call.parts(kRows), kSpanThreads);
 }
 
 template <bool kWhole>
 void sieve(const Call& call) {
-    const int64_t parts = call.parts(1), resident = resident_blocks<sieve_kernel<kWhole>>(kOperation, kSpanThreads);
-    require(parts <= kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
+    const Resident all = resident<sieve_kernel<kWhole>>(kOperation);
+    const int64_t units = 4 * call.parts(1), warps = all.threads / kWarpSize;
+    require(units <= kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
     // No more than run at a time: each would fill a table for what is left over.
-    const int64_t held = std::max<int64_t>(resident / std::max<int64_t>(call.layout.x.batch, 1), 1);
-    call.launch(sieve_kernel<kWhole>, std::min((parts + kSieveWarps - 1) / kSieveWarps, held),
-                static_cast<uint32_t>(parts));
+    const int64_t held = std::max<int64_t>(all.blocks / std::max<int64_t>(call.layout.x.batch, 1), 1);
+    call.launch(sieve_kernel<kWhole>, std::min((units + warps - 1) / warps, held), all.threads,
+                static_cast<uint32_t>(units));
 }
 
 template <class T>
