@@ -138,7 +138,7 @@ def speed(models: Path | None, device: torch.device) -> list[dict[str, object]]:
         quantize_layer(nvfp4, big, rounding, 0)
         run = lambda r=rounding: quantize_layer(nvfp4, big, r, 0)  # noqa: E731
         tell(f"3072x12288 nvfp4, {setting}, median of {REPEATS}", seconds(run, device, REPEATS))
-        metric = seconds(lambda r=rounding: weight_metric(big.float()[None], r, 3.0), device, REPEATS)
+        metric = seconds(lambda r=rounding: weight_metric(big.float()[None], r, 3.0, 1.0), device, REPEATS)
         tell(f"  of it the subspace, {setting}", metric)
         if setting != "default":
             _beside_ctq(big, rounding, device, tell, rows)

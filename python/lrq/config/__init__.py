@@ -121,24 +121,19 @@ class Rounding:
     )
     plain_weight: float | None = _setting(
         None,
-        "λ, the weight of the plain error [default: 3; 1 for FP8 and MXFP8, 10 for INT8 by row].",
+        "λ, the weight of the plain error [default: 3; 1.5 for FP8 and MXFP8, 10 for INT8 by row].",
         minimum=0.0,
         maximum=1e6,
     )
     spectrum: float | None = _setting(
         None,
-        "p: an input direction of singular value σ counts as σ^p [default: 1, or 0 with --projection both].",
+        "p: an input direction of singular value σ counts as σ^p [default: 1; 0.5 for FP8, MXFP8 and INT8 by row; 0 with --projection both].",
         minimum=0.0,
         maximum=8.0,
     )
     scale_rounds: int = _setting(
         0, "Rounds of block scales (NVFP4, MXFP8) for the chosen codes, and codes again; for both sides.", minimum=0
     )
-
-    @property
-    def direction_power(self) -> float:
-        """``spectrum`` with its default filled in."""
-        return self.spectrum if self.spectrum is not None else float(self.projection == "input")
 
     def check(self) -> None:
         """Raise :class:`InputError` for a combination that has no meaning."""

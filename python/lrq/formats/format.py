@@ -58,6 +58,11 @@ class Format(ABC):
         """λ of learned rounding by default, chosen by the output of real models."""
         return 3.0
 
+    @property
+    def spectrum(self) -> float:
+        """The power of a singular value by which its input direction counts by default, chosen likewise."""
+        return 1.0
+
     def refusal(self, shape: Shape) -> str | None:
         """Why a weight of this shape can't be stored, or None."""
         return None

@@ -28,7 +28,11 @@ class Fp8(Scaled):
 
     @property
     def plain_weight(self) -> float:
-        return 1.0
+        return 1.5
+
+    @property
+    def spectrum(self) -> float:
+        return 0.5
 
     @property
     def loader(self) -> str:

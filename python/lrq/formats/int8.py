@@ -35,6 +35,10 @@ class Int8(Scaled):
         return 10.0 if self.scaling == "row" and not self.convrot else 3.0
 
     @property
+    def spectrum(self) -> float:
+        return 0.5 if self.scaling == "row" and not self.convrot else 1.0
+
+    @property
     def loader(self) -> str:
         return loader_of(("tensor", "row"), self.scaling)
 

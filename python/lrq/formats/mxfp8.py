@@ -34,7 +34,11 @@ class Mxfp8(Format):
 
     @property
     def plain_weight(self) -> float:
-        return 1.0
+        return 1.5
+
+    @property
+    def spectrum(self) -> float:
+        return 0.5
 
     def block_shape(self, shape: Shape) -> tuple[int, int]:
         return 1, BLOCK

@@ -154,12 +154,12 @@ def plain_metric(count: int, like: Tensor) -> Metric:
     return Metric(like.new_zeros(count, len(like), 0), like.new_ones(count))
 
 
-def weight_metric(w: Tensor, rounding: Rounding, plain_weight: float) -> Metric:
+def weight_metric(w: Tensor, rounding: Rounding, plain_weight: float, spectrum: float) -> Metric:
     """The metric of weights [B,N,K] by their own leading directions; ``rounding.projection`` names the sides.
 
     The largest weight is near 1, for the float32 range of the Gram matrix. An input direction of singular value σ
-    counts as ``σ^spectrum``, scaled so that the mean square of these is 1. ``plain_weight`` is λ where ``rounding``
-    has none.
+    counts as ``σ^spectrum``, scaled so that the mean square of these is 1. ``plain_weight`` (λ) and ``spectrum`` are
+    those of the format, where ``rounding`` has none; with both sides directions count alike.
     """
     k = subspace_size(tuple(w.shape), rounding.top_p, rounding.min_k, rounding.max_k)
     left = None
@@ -167,7 +167,8 @@ def weight_metric(w: Tensor, rounding: Rounding, plain_weight: float) -> Metric:
         left, right, values = leading_subspaces(w, k)
     else:
         right, values = leading_subspace(w, k)
-    weights = values.pow(rounding.direction_power)[:, None]
+    power = rounding.spectrum if rounding.spectrum is not None else 0.0 if left is not None else spectrum
+    weights = values.pow(power)[:, None]
     norm = weights.square().mean(-1, keepdim=True).sqrt()
     plain = plain_weight if rounding.plain_weight is None else rounding.plain_weight
     right = aligned(right * torch.where(norm > 0, weights / norm, 1.0))

@@ -11,7 +11,7 @@ from lrq.config import Conversion, Rounding
 from lrq.formats import FORMATS
 from lrq.formats.grid import E2M1, E4M3, INT8, Grid
 from lrq.report.stored import same_bytes
-from lrq.rounding.metric import leading_subspaces, sum_of_squares
+from lrq.rounding.metric import leading_subspaces, sum_of_squares, weight_metric
 from lrq.rounding.relaxation import SCHEDULES
 from lrq.rounding.solve import SOLVERS, learn, problem_of, quantize_layer, quantize_layers
 from samples import low_rank
@@ -77,10 +77,21 @@ def test_both_subspaces_are_those_of_the_svd() -> None:
         assert torch.linalg.matrix_norm(right.mT @ vh[:12].mT) ** 2 == pytest.approx(12, abs=1e-6)
 
 
+def test_directions_count_by_the_power_of_the_format_or_of_the_run() -> None:
+    w = low_rank(48, 96)[None]
+
+    def ratio(rounding: Rounding) -> float:
+        """Log of the first direction's length over the last one's, in units of that of their singular values."""
+        values = torch.linalg.svdvals(w[0])[:12].log()
+        found = weight_metric(w, replace(rounding, min_k=12, top_p=0.0), 3.0, 0.5).right.norm(dim=1)[0].log()
+        return ((found[-1] - found[0]) / (values[0] - values[-1])).item()
+
+    assert ratio(Rounding()) == pytest.approx(0.5, abs=1e-3)
+    assert ratio(Rounding(spectrum=2.0)) == pytest.approx(2.0, abs=1e-3)
+    assert ratio(BOTH) == pytest.approx(0.0, abs=1e-3)
+
+
 def test_settings_of_a_relaxation_have_no_effect_on_the_grid() -> None:
-    assert Rounding().direction_power == 1.0
-    assert BOTH.direction_power == 0.0
-    assert replace(BOTH, spectrum=2.0).direction_power == 2.0
     changed = Conversion(rounding=Rounding(lr=0.1))
     assert changed.without_effect() == ["--lr has no effect: --optimizer discrete"]
     assert Conversion(rounding=Rounding(lr=0.1, optimizer="adamw")).without_effect() == []
