@@ -127,7 +127,8 @@ class Rounding:
     )
     spectrum: float | None = _setting(
         None,
-        "p: an input direction of singular value σ counts as σ^p [default: 1; 0.5 for FP8, MXFP8 and INT8 by row; 0 with --projection both].",
+        "p: an input direction of singular value σ counts as σ^p [default: 1; 0.5 for FP8, MXFP8 and INT8 by row; 0 "
+        "with --projection both].",
         minimum=0.0,
         maximum=8.0,
     )
