@@ -225,7 +225,7 @@ def subspaces(sizes: list[tuple[int, int]], device: torch.device) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="512x768", help="NxK, separated by commas")
-    parser.add_argument("--solvers", default=",".join(s for s in SOLVERS if s != "coordinate_descent"))
+    parser.add_argument("--solvers", default=",".join(s for s in SOLVERS if s not in ("coordinate_descent", "gptq")))
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--subspaces", action="store_true")
     parser.add_argument("--models", type=Path, help="folder with flux1_dev.json")
