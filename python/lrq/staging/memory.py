@@ -25,8 +25,8 @@ GPU_FLIGHTS, CPU_FLIGHTS = 3, 2
 """Layers that are read, computed and written at a time."""
 SPARE = 0.9
 """Share of the free memory of a GPU that ``--max_vram auto`` takes."""
-GPU_WORKERS = 2
-"""Layers that are learned at a time on a GPU, if it has the memory."""
+GPU_WORKERS = 3
+"""Layers that are learned at a time on a GPU, or as many as it has memory for."""
 _MOST_THREADS = 8
 VRAM_SLACK = 1 << 26
 """Bytes by which torch's allocator rounds up, and libraries' workspaces."""
@@ -102,7 +102,7 @@ def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.devic
 def _workers(device: torch.device, alone: int, each: int, limit: int | None) -> int:
     """Layers that a GPU learns at a time, of which each takes so many bytes beside those of a run of one."""
     free = int(SPARE * torch.cuda.mem_get_info(device)[0]) if limit is None else limit
-    return GPU_WORKERS if alone + GPU_WORKERS * (each + VRAM_SLACK) <= free else 1
+    return next((n for n in range(GPU_WORKERS, 1, -1) if alone + n * (each + VRAM_SLACK) <= free), 1)
 
 
 @dataclass(frozen=True)

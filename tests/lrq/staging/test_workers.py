@@ -125,9 +125,9 @@ def test_layers_go_side_by_side_where_the_gpu_has_the_memory(monkeypatch):
     def count(alone=1 << 20, each=1 << 20, limit=None):
         return memory._workers(torch.device("cuda"), alone, each, limit)
 
-    assert count() == memory.GPU_WORKERS == 2
+    assert count() == memory.GPU_WORKERS == 3
     assert count(alone=1 << 30) == count(each=1 << 29) == count(limit=1 << 27) == 1
-    assert count(limit=1 << 28) == 2
+    assert count(limit=180 << 20) == 2
 
 
 @pytest.mark.parametrize("settings,execution", [({}, {}), ({"simple": True}, {}), ({}, {"low_memory": True})])
