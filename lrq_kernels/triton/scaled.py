@@ -225,8 +225,7 @@ def quantize_matrix(x: Tensor, given: Tensor | None, codes: Tensor, scales: Tens
 
 
 def rows_config(columns: int, group: int) -> dict[str, int] | None:
-    """How `rows_kernel` holds rows, None if they are too long for it."""
-    # Of rotated rows float32 is held, not what was loaded.
+    """How `rows_kernel` holds rows (of rotated ones float32), None if they are too long for it."""
     most, longest = (_MOST_ROTATED_CHUNKS, _ROTATED_CHUNK) if group else (_MOST_CHUNKS, _CHUNK)
     chunk = width(columns, longest, max(16, group))
     while columns > most * chunk and chunk < longest:
@@ -236,7 +235,7 @@ def rows_config(columns: int, group: int) -> dict[str, int] | None:
         return None
     rows = max(_ROWS_WEIGHTS // chunk, 1) if chunks == 1 else 1
     # Of short rows a warp holds whole ones: their maximum takes no barrier.
-    held = (32 if chunks == 1 else 8) if not group else 32 if 32 * chunks <= _ROTATED_HELD else 16
+    held = 32 if 32 * chunks <= (_ROTATED_HELD if group else 32) else 16 if group else 8
     return {"ROWS": rows, "CHUNK": chunk, "CHUNKS": chunks, "GROUP": group, "num_warps": warps_of(rows * chunk, held)}
 
 
