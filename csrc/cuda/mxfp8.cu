@@ -72,9 +72,16 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(Layout layout, bool 
 // The search keeps a block in one thread: its sums then need no other thread. Neighbours write neighbouring scales.
 constexpr int kSearchThreads = 128;
 constexpr int kSearchShares = kTile / kSearchThreads;
+// Thread blocks on a multiprocessor, as registers suffice.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kSearchResident = 4;
+#else
+constexpr int kSearchResident = 6;
+#endif
 
 template <class T>
-__global__ void __launch_bounds__(kSearchThreads, 6) search_kernel(Layout layout, bool aligned, float coherence) {
+__global__ void __launch_bounds__(kSearchThreads, kSearchResident)
+    search_kernel(Layout layout, bool aligned, float coherence) {
     await_predecessor();
     const uint32_t tile = blockIdx.x / kSearchShares;
     const uint32_t tile_columns = static_cast<uint32_t>(layout.column_tiles);

@@ -27,6 +27,12 @@ constexpr char kOperation[] = "quantize_nvfp4";
 template <class T>
 constexpr int kRowsOf = 8 / sizeof(T);
 constexpr int64_t kFewBlocks = 2048;
+// Thread blocks on a multiprocessor then.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kFewResident = 8;
+#else
+constexpr int kFewResident = 10;
+#endif
 
 // Small blocks, saturated scales, odd tensor scales.
 template <class T>
@@ -77,7 +83,7 @@ __device__ __noinline__ uint3 search_rarely(const Block16<BFloat16> block, float
 template <class T, bool kSearch, bool kWhole, int kRows>
 __global__ void __launch_bounds__(kSpanThreads, kSearch               ? 4
                                                 : kRows == kRowsOf<T> ? 7
-                                                                      : 10)
+                                                                      : kFewResident)
     quantize_kernel(Layout layout, uint32_t spans, Found found, float coherence) {
     await_predecessor();
     __shared__ uint4 staged[kSpanTiles][kRows];
@@ -233,7 +239,12 @@ void sieve(const Call& call) {
     const int64_t units = 4 * call.parts(1), warps = all.threads / kWarpSize;
     require(units <= kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
     // No more than run at a time: each would fill a table for what is left over.
-    const int64_t held = std::max<int64_t>(all.blocks / std::max<int64_t>(call.layout.x.batch, 1), 1);
+    int64_t held = std::max<int64_t>(all.blocks / std::max<int64_t>(call.layout.x.batch, 1), 1);
+    // Of many matrices some more each, that the last ones to run fill the GPU as well.
+    for (const int64_t least = held; held < least + 8; ++held) {
+        const int64_t blocks = held * call.layout.x.batch, waves = (blocks + all.blocks - 1) / all.blocks;
+        if (10 * blocks >= 9 * waves * all.blocks) break;
+    }
     call.launch(sieve_kernel<kWhole>, std::min((units + warps - 1) / warps, held), all.threads,
                 static_cast<uint32_t>(units));
 }

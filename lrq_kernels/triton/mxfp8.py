@@ -74,7 +74,7 @@ def search_kernel(
     BLOCKS: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    """BLOCKS blocks, neighbours among the swizzled scales, each with the scale that serves it best."""
+    """BLOCKS blocks, neighbours among the swizzled scales, each with the better one of two scales."""
     row, block, position = place_blocks(tl.program_id(0), tl.arange(0, BLOCKS), coded_blocks, BLOCKS)
     weights = load_16(x, row, block * 32, batch_stride, row_stride, rows, columns)
     weights += load_16(x, row, block * 32 + 16, batch_stride, row_stride, rows, columns)

@@ -234,7 +234,7 @@ def rows_config(columns: int, group: int) -> dict[str, int] | None:
     if chunks > most:
         return None
     rows = max(_ROWS_WEIGHTS // chunk, 1) if chunks == 1 else 1
-    # Of short rows a warp holds whole ones: their maximum takes no barrier.
+    # Few warps share a short row: their maximum waits for few.
     held = 32 if 32 * chunks <= (_ROTATED_HELD if group else 32) else 16 if group else 8
     return {"ROWS": rows, "CHUNK": chunk, "CHUNKS": chunks, "GROUP": group, "num_warps": warps_of(rows * chunk, held)}
 

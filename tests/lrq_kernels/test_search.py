@@ -1,4 +1,4 @@
-"""Best scales: against brute force over every representable scale."""
+"""Best scales: against brute force over every one that is tried."""
 
 from __future__ import annotations
 

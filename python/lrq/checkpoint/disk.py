@@ -62,36 +62,43 @@ def read_at(fd: int, view: memoryview, offset: int) -> int:
     return filled
 
 
-def reserve(fd: int, size: int) -> None:
+def reserve(fd: int, size: int) -> int:
     """Take the disk space now, where the system can: a disk too small is known before any work is done.
 
-    A file system that takes its time over it, as one in memory does, is only asked for its free space: writing, beside
-    which other work goes on, takes the rest.
+    A file system that takes its time over it, as one in memory does, is left alone: writing, beside which other work
+    goes on, takes the rest. Returns the bytes of it, for :func:`check_room`.
 
     Raises:
         OSError: there is not enough.
     """
+    owed = 0
     try:
         if hasattr(os, "posix_fallocate"):
-            _allocate(fd, size)
+            owed = _allocate(fd, size)
     except OSError as error:
         if error.errno not in _NO_FALLOCATE:
             raise
     os.ftruncate(fd, size)
+    return owed
 
 
-def _allocate(fd: int, size: int) -> None:
+def check_room(fd: int, size: int) -> None:
+    """Raise :class:`OSError` unless the file system has so many bytes free, or doesn't know."""
+    room = os.fstatvfs(fd)
+    free = room.f_bavail if os.geteuid() else room.f_bfree
+    if room.f_blocks and free * room.f_frsize < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _allocate(fd: int, size: int) -> int:
     started, done, piece = time.monotonic(), 0, RESERVE_PIECE
     while done < size:
         count = min(piece, size - done)
         os.posix_fallocate(fd, done, count)
         done, piece = done + count, 2 * piece
         if time.monotonic() - started > RESERVE_SECONDS:
-            room = os.fstatvfs(fd)
-            # Some file systems don't know.
-            if room.f_blocks and room.f_bavail * room.f_frsize < size - done:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return
+            return max(size - max(done, 512 * os.fstat(fd).st_blocks), 0)
+    return 0
 
 
 def sync_data(fd: int) -> None:

@@ -51,6 +51,7 @@ class Writer:
         self._unsynced_bytes, self._last_sync = 0, time.monotonic()
         self._lock, self._syncing = threading.Lock(), threading.Lock()
         self._fds: list[int] = []
+        self._owed = 0
         self._keep = self._sync_failed = False
         self._journal = Journal(self.partial.with_name(self.partial.name + ".journal"))
         try:
@@ -123,7 +124,9 @@ class Writer:
 
     def _prepare(self, number: int, file: OutputFile) -> None:
         try:
-            disk.reserve(self._fds[number], file.size)
+            self._owed += disk.reserve(self._fds[number], file.size)
+            if self._owed:
+                disk.check_room(self._fds[number], self._owed)
         except OSError as error:
             raise UnfinishedError(f"{file.path}: can't reserve {file.size} bytes: {error.strerror}") from None
         self._guarded(os.ftruncate, self._fds[number], file.size)

@@ -89,7 +89,9 @@ class Rounding:
 
     simple: bool = _setting(False, "Round to nearest, with the best scales; no learned rounding.")
     scale_search: bool = _setting(
-        True, "Search the best representable block scales of NVFP4 and MXFP8; off: from each block's amax.", on_off=True
+        True,
+        "Search the best block scales of NVFP4, the better of two of MXFP8; off: from each block's amax.",
+        on_off=True,
     )
     coherence: float = _setting(
         4.0,

@@ -45,7 +45,7 @@ class _State:
         self.problem, self.metric = problem, problem.metric.to(dtype)
         self.row_curvature, self.column_curvature = problem.metric.curvature()
         self.values = problem.start
-        self.projected = problem.projected(problem.start).to(dtype)
+        self.projected = problem.projected(problem.start, dtype)
         plain = problem.plain(problem.start).float()
         self.objective = squares(self.projected) + problem.metric.plain_weight * plain
         self.checked = self.objective.clone()

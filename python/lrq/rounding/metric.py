@@ -20,13 +20,10 @@ _HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
 
 def sum_of_squares(x: Tensor) -> Tensor:
     """Sum of the squares of every matrix of x [B,N,K], float64 [B], a part of x at a time."""
-    if x.is_cuda:
-        # One kernel, which makes no copy.
-        return torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64).square()
-    rows = max(1, (1 << 20) // (x.shape[0] * x.shape[2]))
+    rows = max(1, (1 << (22 if x.is_cuda else 20)) // max(1, x.shape[0] * x.shape[2]))
     total = x.new_zeros(len(x), dtype=torch.float64)
     for part in x.split(rows, 1):
-        total += part.double().square().sum((1, 2))
+        total += torch.linalg.vector_norm(part.double(), dim=(1, 2)).square()
     return total
 
 
@@ -70,7 +67,10 @@ class Metric:
     def to(self, dtype: torch.dtype) -> Metric:
         """The same with directions of another dtype."""
         left = None if self.left is None else self.left.to(dtype)
-        return replace(self, right=self.right.to(dtype), left=left)
+        # Of all matrices the same: one is enough in memory.
+        same = len(self.right) > 1 and self.right.stride(0) == 0
+        right = self.right[:1].to(dtype).expand_as(self.right) if same else self.right.to(dtype)
+        return replace(self, right=right, left=left)
 
     def select(self, index: Tensor) -> Metric:
         """That of some matrices of the batch."""

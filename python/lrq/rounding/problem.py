@@ -58,14 +58,14 @@ class Problem:
         """E = q·scale − W, float32 [B,N,K]."""
         return torch.cat([error for _, error in self.errors(values)], 1)
 
-    def projected(self, values: Tensor) -> Tensor:
-        """``U'EV``, float32 or the weights' dtype, from products of :func:`product_dtype`."""
-        metric = self.metric.to(product_dtype(self.weight.device)) if self.weight.is_cuda else self.metric
+    def projected(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``U'EV``, from products of a dtype; None: that of the weights."""
+        metric = self.metric if dtype is None else self.metric.to(dtype)
         right = metric.right
         inner = right.new_empty(*self.weight.shape[:2], right.shape[2])
         for part, error in self.errors(values):
             inner[:, part] = error.to(right.dtype) @ right
-        return (inner if metric.left is None else metric.left.mT @ inner).to(self.weight.dtype)
+        return inner if metric.left is None else metric.left.mT @ inner
 
     def plain(self, values: Tensor) -> Tensor:
         """``|E|^2``, float64 [B]."""
@@ -77,7 +77,8 @@ class Problem:
     def objective(self, values: Tensor, plain: Tensor | None = None) -> Tensor:
         """``|U'EV|^2 + λ|E|^2``, float64 [B]; ``plain`` is ``|E|^2`` if that is known."""
         plain = self.plain(values) if plain is None else plain
-        return sum_of_squares(self.projected(values)) + self.metric.plain_weight * plain
+        projected = self.projected(values, product_dtype(self.weight.device))
+        return sum_of_squares(projected) + self.metric.plain_weight * plain
 
     def restarted(self) -> Problem:
         """The same with the codes nearest under its scales for a start."""

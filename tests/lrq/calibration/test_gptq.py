@@ -198,7 +198,8 @@ def test_weighted_scales_are_the_best_ones(name: str, columns: int) -> None:
             tried = before[row, i] + torch.tensor(list(fmt.scale_reach))
             best = min(loss(block, row, code) for code in tried)
             assert loss(block, row, after[row, i]) == pytest.approx(best, rel=1e-4, abs=1e-12)
-    assert not torch.equal(before, after)
+    # MXFP8's powers of two seldom leave a choice.
+    assert name == "mxfp8" or not torch.equal(before, after)
 
 
 def test_a_ladder_holds_the_scales_around_a_scale() -> None:

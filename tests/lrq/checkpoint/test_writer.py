@@ -171,7 +171,7 @@ def test_a_slow_reservation_ends_and_free_space_decides(tmp_path, monkeypatch, f
     monkeypatch.setattr(disk, "RESERVE_SECONDS", -1.0)
     monkeypatch.setattr(disk, "RESERVE_PIECE", 8)
     monkeypatch.setattr(os, "posix_fallocate", lambda _fd, begin, size: taken.append((begin, size)))
-    monkeypatch.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_blocks=9, f_bavail=free, f_frsize=1))
+    monkeypatch.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_blocks=9, f_bavail=free, f_bfree=free, f_frsize=1))
     with contextlib.nullcontext() if fits else pytest.raises(InputError, match=r"can't reserve .*No space"):
         write(tmp_path / "out.safetensors")
     assert taken == [(0, 8)]

@@ -72,11 +72,13 @@ def test_the_source_is_no_converted_file(source):
     assert failures(source) == ["no layer is quantized: the file has no marker"]
 
 
-@pytest.mark.parametrize(("shape", "seed", "flags"), [((1, 2), 252, ()), ((64, 64), 0, ("--coherence", "1000"))])
+@pytest.mark.parametrize(
+    ("shape", "seed", "flags"), [((1, 3), 280, ["--mxfp8"]), ((16, 2), 7, ["--nvfp4", "--coherence", "1000"])]
+)
 def test_a_scale_search_that_gave_up_plain_error_is_no_failure(tmp_path, shape, seed, flags):
     """What the coherence asks for may cost more than the limit: in a block or two, or because it is large."""
     source = save(tmp_path / "in.safetensors", {"a.weight": normal(*shape, seed=seed)})
-    convert(source, tmp_path / "out.safetensors", "--mxfp8", *flags)
+    convert(source, tmp_path / "out.safetensors", *flags)
     result = verify(tmp_path / "out.safetensors", source)
     assert result.ok and result.layers[0].error.frobenius_ratio > 1.5
 

@@ -91,6 +91,13 @@ def test_directions_count_by_the_power_of_the_format_or_of_the_run() -> None:
     assert ratio(BOTH) == pytest.approx(0.0, abs=1e-3)
 
 
+def test_coordinate_descent_starts_from_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With those of a GPU, in bfloat16, it would never come to rest."""
+    monkeypatch.setattr("lrq.rounding.problem.product_dtype", lambda _: torch.bfloat16)
+    _, (outcome,) = quantize_layer(FORMATS["fp8"], low_rank(96, 128), Rounding(optimizer="coordinate_descent"), 0)
+    assert outcome.stopped == "converged" and outcome.iterations < 100
+
+
 def test_settings_of_a_relaxation_have_no_effect_on_the_grid() -> None:
     changed = Conversion(rounding=Rounding(lr=0.1))
     assert changed.without_effect() == ["--lr has no effect: --optimizer discrete"]
