@@ -178,7 +178,8 @@ def test_matrices_of_a_bank_have_the_bytes_that_they_have_alone(name: str, setti
 @pytest.mark.parametrize("columns", [64, 90])
 def test_weighted_scales_are_the_best_ones(name: str, columns: int) -> None:
     """Every scale within reach is tried by hand, in float64."""
-    fmt, w = FORMATS[name], low_rank(12, columns)
+    # MXFP8's powers of two seldom leave a choice: of this seed's blocks one.
+    fmt, w = FORMATS[name], low_rank(12, columns, seed=31)
     known = moments(fmt, inputs(300, columns))
     plain = fmt.quantize(w, 4.0)
     tensors, _ = quantize_layer(fmt, w, Rounding(simple=True), 0, known)
@@ -198,8 +199,7 @@ def test_weighted_scales_are_the_best_ones(name: str, columns: int) -> None:
             tried = before[row, i] + torch.tensor(list(fmt.scale_reach))
             best = min(loss(block, row, code) for code in tried)
             assert loss(block, row, after[row, i]) == pytest.approx(best, rel=1e-4, abs=1e-12)
-    # MXFP8's powers of two seldom leave a choice.
-    assert name == "mxfp8" or not torch.equal(before, after)
+    assert not torch.equal(before, after)
 
 
 def test_a_ladder_holds_the_scales_around_a_scale() -> None:
