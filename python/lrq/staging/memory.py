@@ -36,8 +36,9 @@ LEARNING_LIBRARIES = 5 << 23
 """The same of LAPACK and its threads, on the CPU."""
 SPREAD = 1 << 21
 """Bytes by which the same process differs from run to run."""
-SLACK = 1 << 23
-"""Bytes for what threads, the journal and the C library take while a run goes on."""
+SLACK = 3 << 22
+"""Bytes for what threads, the journal and the C library take while a run goes on, and for code that is read from disk
+only then: how much of it the system maps at a time hangs on what it has in its caches."""
 
 
 @dataclass(frozen=True)
