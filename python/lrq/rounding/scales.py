@@ -29,15 +29,26 @@ Solve = Callable[[Problem, Rounding], Solution]
 
 
 def refine_scales(
-    fmt: Format, tensors: Tensors, problem: Problem, values: Tensor, rounding: Rounding, solve: Solve, most: Tensor
+    fmt: Format,
+    tensors: Tensors,
+    problem: Problem,
+    values: Tensor,
+    rounding: Rounding,
+    solve: Solve,
+    most: Tensor,
+    asked: Tensor,
 ) -> tuple[Tensors, Problem, Tensor]:
     """At most ``rounding.scale_rounds`` rounds while f falls; the stored scales, the problem with them, and the values.
 
-    ``tensors`` are those of the problem's weights, [N,K] or [B,N,K]; |E|² does not exceed ``most``, float64 [B].
+    ``tensors`` are those of the problem's weights, [N,K] or [B,N,K]; |E|² does not exceed ``most``, float64 [B]. By
+    ``asked``, the λ [B] before it was raised for the limit of |E|, f does not rise either.
     """
     shape = (*tensors["weight"].shape[:-2], *problem.weight.shape[1:])
     codes = fmt.scale_codes(tensors, shape).view(problem.scale.shape)
-    before = problem.objective(values)
+    raised = problem.metric.plain_weight - asked
+    plain = problem.plain(values)
+    before = problem.objective(values, plain)
+    stated = before - raised * plain
     for number in range(rounding.scale_rounds):
         search = _Search(fmt, tensors, problem, values, codes, number)
         for _ in range(STEPS):
@@ -47,13 +58,14 @@ def refine_scales(
         plain = moved.plain(found)
         after = moved.objective(found, plain)
         # Of a matrix that lost, all is as it was.
-        better = (after < before) & (plain <= most)
+        better = (after < before) & (plain <= most) & (after - raised * plain <= stated)
         kept = better[:, None, None]
         codes = torch.where(kept, search.codes, codes)
         values = torch.where(kept, found, values)
         problem = replace(problem, scale=torch.where(kept, search.scale, problem.scale))
         gained = better & (after < before * (1 - RELATIVE_GAIN))
         before = torch.where(better, after, before)
+        stated = torch.where(better, after - raised * plain, stated)
         if not bool(gained.any()):
             break
     return fmt.with_scale_codes(tensors, codes.view(*shape[:-2], *codes.shape[1:])), problem, values

@@ -101,7 +101,9 @@ def _with_scales(
     held = replace(problem, metric=replace(problem.metric, plain_weight=plain_weight))
     most = FROBENIUS_LIMIT**2 * problem.plain(problem.start)
     solve = SOLVERS[solver_of(rounding, measured=False)]
-    tensors, found, values = refine_scales(fmt, tensors, held, values, rounding, solve, most)
+    tensors, found, values = refine_scales(
+        fmt, tensors, held, values, rounding, solve, most, problem.metric.plain_weight
+    )
     objective = replace(found, metric=problem.metric).objective(values).tolist()
     return tensors, values, [replace(one, objective_after=f) for one, f in zip(outcomes, objective, strict=True)]
 

@@ -104,24 +104,25 @@ def test_settings_of_a_relaxation_have_no_effect_on_the_grid() -> None:
     assert Conversion(rounding=Rounding(lr=0.1, optimizer="adamw")).without_effect() == []
 
 
+@pytest.mark.parametrize("plain_weight", [0.1, 1.0])
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
-def test_scales_follow_the_codes_while_the_objective_falls(name: str) -> None:
+def test_scales_follow_the_codes_while_the_objective_falls(name: str, plain_weight: float) -> None:
     fmt, w = FORMATS[name], low_rank(90, 200).bfloat16()
     bank = torch.stack([w, w * 3e-20])
     stored, objectives = {}, []
     for rounds in (0, 1, 20):
-        # A λ that the limit of |E| does not raise: by the raised one f falls, by the one that is reported it need not.
-        rounding = replace(BOTH, scale_rounds=rounds, plain_weight=1.0)
+        rounding = replace(BOTH, scale_rounds=rounds, plain_weight=plain_weight)
         stored[rounds], outcomes = quantize_layer(fmt, bank, rounding, 5)
         error = fmt.dequantize(stored[rounds], tuple(bank.shape)).double() - bank.double()
         problem = problem_of(fmt, bank, stored[rounds], rounding, 5)
-        assert all(one.plain_weight == pytest.approx(rounding.plain_weight) for one in outcomes)
         # What is reported is the error of what is stored, of scales as well as codes.
         assert [one.objective_after for one in outcomes] == pytest.approx(problem.objective(problem.start).tolist())
         assert error.norm(dim=(1, 2)).isfinite().all()
         objectives.append([one.objective_after for one in outcomes])
     for before, after, last in zip(*objectives, strict=True):
-        assert before > after >= last
+        assert before >= after >= last
+        # Where the limit of |E| raises λ, MXFP8 gains nothing here by the λ that was asked for.
+        assert before > after or (name, plain_weight) == ("mxfp8", 0.1)
     scales = [stored[rounds]["weight_scale"].view(torch.uint8) for rounds in (0, 1)]
     # A neighbour of a power of two is far: few blocks of MXFP8 have a use for it.
     assert (0 if name == "nvfp4" else -1) < (scales[0] != scales[1]).float().mean() < 0.5
