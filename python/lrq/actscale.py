@@ -17,13 +17,13 @@ from lrq.calibration.input_scales import input_scale, read_input_scales
 from lrq.calibration.naming import match_names
 from lrq.calibration.stats import load_stats
 from lrq.checkpoint.header import lay_out
-from lrq.checkpoint.layout import one_file
+from lrq.checkpoint.layout import PROVENANCE, one_file
 from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.target import check_targets, target_of
 from lrq.checkpoint.writer import Writer
 from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
-from lrq.plan import CALIBRATION, PROVENANCE, source_markers
+from lrq.plan import CALIBRATION, source_markers
 
 FEW = 3
 _Able = tuple[float, Callable[[int], bool]]

@@ -7,6 +7,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 from lrq.checkpoint.header import Entry, Header, first_duplicate, lay_out, paused_collection
+from lrq.checkpoint.layout import PROVENANCE
 from lrq.checkpoint.reader import CODES, Reader
 from lrq.config import Conversion
 from lrq.dialects import comfyui
@@ -19,10 +20,8 @@ from lrq.selection.inputs import Inputs, use_inputs
 from lrq.selection.layer import Layer
 from lrq_kernels._version import __version__
 
-PROVENANCE = "lrq"
-"""Header entry that says how the file was made."""
 CALIBRATION = "calibration"
-"""Key of that entry that says what was made of statistics."""
+"""Key of the provenance that says what was made of statistics."""
 MOST_REASONS = 3
 """Reasons that are named where nothing can be quantized."""
 ACTS_ON_THE_LAYER = "it would act on the quantized layer"

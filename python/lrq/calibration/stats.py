@@ -113,8 +113,9 @@ class StatsFile(Mapping[str, InputStats]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._file: Any = self._guarded(lambda: safe_open(self.path, "pt"))
-        self.metadata: dict[str, str] = self._file.metadata() or {}
+        file = self._open()
+        self._stamp = self._stamped()
+        self.metadata: dict[str, str] = file.metadata() or {}
         version, self.origin = self.metadata.get("lrq_stats"), self.metadata.get("origin", "")
         if version is None:
             raise InputError(f"{self.path}: holds no input statistics; lrq calibrate makes such a file")
@@ -124,8 +125,8 @@ class StatsFile(Mapping[str, InputStats]):
             origin = printable(self.origin)
             raise InputError(f"{self.path}: origin must be {MEASURED} or {SIMULATED}, is {origin!r}")
         self._layers: dict[str, dict[str, tuple[int, ...]]] = {}
-        for key in self._guarded(self._file.keys):
-            self._note(key)
+        for key in self._guarded(file.keys):
+            self._note(key, self._guarded(partial(file.get_slice, key)))
         for layer, shapes in self._layers.items():
             self._check(layer, shapes)
 
@@ -153,10 +154,16 @@ class StatsFile(Mapping[str, InputStats]):
         except SafetensorError as error:
             raise InputError(f"{self.path}: no safetensors file: {printable(str(error))}") from None
 
-    def _note(self, key: str) -> None:
+    def _open(self) -> Any:
+        return self._guarded(lambda: safe_open(self.path, "pt"))
+
+    def _stamped(self) -> tuple[int, int, int]:
+        known = self._guarded(self.path.stat)
+        return known.st_ino, known.st_size, known.st_mtime_ns
+
+    def _note(self, key: str, part: Any) -> None:
         layer, _, suffix = key.rpartition(".")
         expected = (REQUIRED | OPTIONAL).get(suffix)
-        part = self._guarded(lambda: self._file.get_slice(key))
         if expected is None or not layer:
             raise InputError(f"{self.path}: tensor {printable(key)} is no statistic")
         if part.get_dtype() != expected:
@@ -193,9 +200,14 @@ class StatsFile(Mapping[str, InputStats]):
         return self._read(layer, REQUIRED)
 
     def _read(self, layer: str, suffixes: Iterable[str]) -> InputStats:
+        # The library maps the file: opened anew and copied, what was read of it leaves the memory with the layer.
+        file = self._open()
+        if self._stamped() != self._stamp:
+            raise InputError(f"{self.path}: changed while it was in use; start again")
         found: dict[str, Tensor] = {
-            suffix: self._guarded(partial(self._file.get_tensor, f"{layer}.{suffix}")) for suffix in suffixes
+            suffix: self._guarded(partial(file.get_tensor, f"{layer}.{suffix}")).clone() for suffix in suffixes
         }
+        del file
         where = f"{self.path}: layer {printable(layer)}"
         for suffix, tensor in found.items():
             if not torch.isfinite(tensor).all():

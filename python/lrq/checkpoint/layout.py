@@ -16,6 +16,8 @@ Tensor = tuple[str, str, tuple[int, ...]]
 """Name, dtype and shape."""
 ENDING = ".safetensors"
 INDEX = f"{ENDING}.index.json"
+PROVENANCE = "lrq"
+"""Key of the metadata under which an output says how it was made."""
 _LONGEST_NAME = 255
 """Bytes of a name that common file systems take."""
 _LONGEST_SUFFIX = len(".partial.journal")
@@ -67,15 +69,16 @@ def in_shards(path: Path, groups: Sequence[Sequence[Tensor]], metadata: dict[str
     Args:
         path: the name of the output if it were one file; it is one where all fits.
         groups: tensors that stay together, in order: a layer with all that belongs to it.
-        limit: bytes of data in a file; a larger group has a file of its own.
+        limit: bytes of a file; a larger group has a file of its own.
     """
     shards: list[list[Tensor]] = [[]]
-    filled = 0
+    least = len(lay_out([], metadata)[1]) + _ROUNDED
+    filled = least
     for group in groups:
-        size = sum(tensor_size(dtype, shape) for _, dtype, shape in group)
+        size = sum(tensor_size(dtype, shape) + _header_size(name, shape) for name, dtype, shape in group)
         if shards[-1] and filled + size > limit:
             shards.append([])
-            filled = 0
+            filled = least
         shards[-1] += group
         filled += size
     if len(shards) == 1:
@@ -92,6 +95,19 @@ def in_shards(path: Path, groups: Sequence[Sequence[Tensor]], metadata: dict[str
     total = sum(file.header.data_size for file in files)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     return Layout(path.with_name(stem + INDEX), tuple(files), (json.dumps(index, indent=2) + "\n").encode())
+
+
+_ROUNDED = 8
+"""Bytes by which a header may be filled up."""
+_RECORD = len(',"":{"dtype":"F8_E4M3FNUZ","shape":[],"data_offsets":[,]}') + 2 * len(str(1 << 50))
+_ESCAPED = 6
+"""Bytes of a character of a name in JSON, at most."""
+
+
+def _header_size(name: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a tensor takes in a header, at most."""
+    plain = len(name) if name.isascii() and name.isprintable() else _ESCAPED * len(name)
+    return _RECORD + plain + name.count('"') + name.count("\\") + len(str(shape))
 
 
 def partial_of(path: Path) -> Path:

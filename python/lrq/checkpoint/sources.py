@@ -89,7 +89,7 @@ def expand(names: Sequence[str]) -> list[str]:
         if not matches:
             raise InputError(f"{printable(name)}: finds no file")
         expanded += [name] if _is_set(matches) else map(str, matches)
-    return list(dict.fromkeys(expanded))
+    return list({os.path.abspath(name): name for name in reversed(expanded)}.values())[::-1]
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -165,7 +165,8 @@ def _in_folder(folder: Path) -> Source:
         raise InputError(f"{folder}: is a folder of several checkpoints ({names}, ...); name one")
     for component in COMPONENTS:
         if (folder / "model_index.json").is_file() and (folder / component).is_dir():
-            return _in_folder(folder / component)
+            # Beside the pipeline: in it, the output would be taken for its checkpoint.
+            return _named_after(folder, _in_folder(folder / component))
     raise InputError(f"{folder}: is a folder without a .safetensors file; name a checkpoint")
 
 

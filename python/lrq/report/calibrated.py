@@ -13,6 +13,7 @@ from lrq.calibration.inputs import InputStats
 from lrq.calibration.naming import match_names
 from lrq.calibration.stats import StatsFile
 from lrq.checkpoint.header import Entry
+from lrq.checkpoint.layout import PROVENANCE
 from lrq.checkpoint.reader import Reader
 from lrq.config import Rounding
 from lrq.config.calibration import Calibration
@@ -20,7 +21,7 @@ from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.formats import Format, Tensors
 from lrq.models.policy import FLOAT_DTYPES, SUFFIX
-from lrq.plan import CALIBRATION, PROVENANCE
+from lrq.plan import CALIBRATION
 from lrq.repair.bias import OutputError, corrected, mean_shift, output_error
 
 WORSE_OUTPUTS = 1.1

@@ -11,6 +11,7 @@ import torch
 
 from lrq.calibration.stats import StatsFile
 from lrq.checkpoint.header import BITS
+from lrq.checkpoint.layout import PROVENANCE
 from lrq.checkpoint.reader import Reader
 from lrq.config import Conversion
 from lrq.config.calibration import Calibration
@@ -18,7 +19,7 @@ from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.formats import Format, Shape, Tensors, read_format
 from lrq.models.policy import FLOAT_DTYPES
-from lrq.plan import PROVENANCE, Plan, make_plan, recorded, source_markers
+from lrq.plan import Plan, make_plan, recorded, source_markers
 from lrq.report.calibrated import Changes, Expected, Predicted, Predictions, check_changes, recorded_changes
 from lrq.report.error import GROUP, LayerError, measure
 from lrq.report.stored import check_dimensions, check_values, read_tensors, same_bytes, stored_shape

@@ -34,7 +34,7 @@ LIBRARIES = 5 << 25
 """Bytes of host memory that CUDA's libraries take beyond the warm-up, as measured: each loads what a shape needs."""
 LEARNING_LIBRARIES = 5 << 23
 """The same of LAPACK and its threads, on the CPU."""
-SPREAD = 1 << 21
+SPREAD = 1 << 23
 """Bytes by which the same process differs from run to run."""
 SLACK = 3 << 22
 """Bytes for what threads, the journal and the C library take while a run goes on, and for code that is read from disk

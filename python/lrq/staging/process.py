@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import torch
 
+from lrq.calibration.inputs import BINS, InputStats
 from lrq.config import Rounding
+from lrq.repair.bias import output_error
 from lrq.rounding.solve import quantize_layer
 from lrq.staging.tiles import Tile
 
@@ -31,6 +33,13 @@ def warm_up(tiles: Iterable[Tile], rounding: Rounding, device: torch.device) -> 
         if fmt.refusal(tuple(few.shape)) is None:
             # Of gptq there is nothing to load: it is products and a factorization.
             quantize_layer(fmt, few, replace(own, optimizer=None) if own.optimizer == "gptq" else own, 0)
+        if tile.layer.statistics_size:
+            output_error(few, few, few, _no_inputs(_columns(tile)))
+
+
+def _no_inputs(columns: int) -> InputStats:
+    nothing = torch.zeros(columns, dtype=torch.float64)
+    return InputStats(0, nothing, nothing, 0.0, torch.zeros(BINS, dtype=torch.int64))
 
 
 def _columns(tile: Tile) -> int:
