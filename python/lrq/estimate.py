@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
+from lrq.calibration.simulate import standard_normal
 from lrq.config import Conversion, Rounding
 from lrq.execution import Execution
 from lrq.formats import FORMATS, Format, Shape
 from lrq.formats.int8 import Int8
 from lrq.plan import Plan
+from lrq.rounding.moments import Moments
 from lrq.rounding.solve import quantize_layer
 from lrq.selection.layer import Layer
 from lrq.staging.memory import plan_memory
@@ -22,6 +24,8 @@ DISK = 5e8
 """Bytes a second that are read and written; a guess: measuring it would touch the disk."""
 LARGE = 0.32
 """Time for one weight and direction of a large layer, in units of that of the calibration's small one."""
+DIAGONAL, WHOLE = "diagonal", "whole"
+"""What statistics hold of E[xx']; both lead to another solver."""
 _SIDE, _LEARNED_SIDE = 512, 192
 """Sides of the matrices of the calibration."""
 
@@ -43,9 +47,9 @@ def estimate(plan: Plan, conversion: Conversion, execution: Execution, device: t
     Raises:
         InputError: a layer can't fit into the memory that the execution allows.
     """
-    kinds: dict[tuple[Format, Shape, bool | None], list[Layer]] = {}
+    kinds: dict[tuple[Format, Shape, bool | None, int], list[Layer]] = {}
     for layer in plan.layers:
-        kinds.setdefault((layer.format, layer.source.shape, layer.simple), []).append(layer)
+        kinds.setdefault((layer.format, layer.source.shape, layer.simple, layer.statistics_size), []).append(layer)
     memory = plan_memory([alike[0] for alike in kinds.values()], conversion.rounding, device, execution)
     seconds = sum(len(alike) * _layer_seconds(alike[0], conversion.rounding, device) for alike in kinds.values())
     moved = plan.output_size + sum(layer.source.size for layer in plan.layers) + sum(e.size for e in plan.copied)
@@ -59,11 +63,25 @@ def _layer_seconds(layer: Layer, rounding: Rounding, device: torch.device) -> fl
     if own.simple:
         return seconds
     rows, columns = layer.source.shape[-2:]
-    directions = min(max(own.top_p * min(rows, columns), own.min_k), own.max_k, rows, columns)
-    # A sweep multiplies every weight with the directions and a block of 128 columns; the Gram matrix comes on top.
-    return seconds + weights * (directions + 128 + min(rows, columns) / 8) * LARGE * _learned_rate(
-        layer.format, str(device)
+    known = _known(layer)
+    return seconds + weights * _products(rows, columns, own, known) * LARGE * _learned_rate(
+        layer.format, known, str(device)
     )
+
+
+def _known(layer: Layer) -> str:
+    """What is known of a layer's inputs: nothing, mean and diagonal, or E[xx'] whole."""
+    if not layer.statistics_size:
+        return ""
+    return WHOLE if layer.statistics_size >= 8 * layer.source.shape[-1] ** 2 else DIAGONAL
+
+
+def _products(rows: int, columns: int, rounding: Rounding, known: str) -> float:
+    """Products a weight: with the directions or the columns behind it, a block of 128 columns, and a decomposition."""
+    if known == WHOLE:
+        return columns + 128 + columns**2 / rows / 8
+    directions = min(max(rounding.top_p * min(rows, columns), rounding.min_k), rounding.max_k, rows, columns)
+    return directions + 128 + min(rows, columns) / 8
 
 
 @cache
@@ -75,20 +93,23 @@ def _nearest_rate(fmt: Format, scale_search: bool, device: str) -> float:
 
 
 @cache
-def _learned_rate(fmt: Format, device: str) -> float:
-    """Seconds for one weight and direction, learned."""
+def _learned_rate(fmt: Format, known: str, device: str) -> float:
+    """Seconds for one product of one weight, learned."""
     w = torch.randn(_LEARNED_SIDE, _LEARNED_SIDE, generator=torch.Generator().manual_seed(0)).to(device)
-    rounding = Rounding()
-    directions = min(max(rounding.top_p * _LEARNED_SIDE, rounding.min_k), rounding.max_k)
-    return _timed(fmt, w, rounding) / w.numel() / (directions + 128 + _LEARNED_SIDE / 8)
+    rounding, moments = Rounding(), None
+    if known:
+        stats = standard_normal(_LEARNED_SIDE)
+        stats = replace(stats, gram=torch.eye(_LEARNED_SIDE)) if known == WHOLE else stats
+        moments = Moments(fmt, stats, w.device)
+    return _timed(fmt, w, rounding, moments) / w.numel() / _products(_LEARNED_SIDE, _LEARNED_SIDE, rounding, known)
 
 
-def _timed(fmt: Format, w: torch.Tensor, rounding: Rounding) -> float:
+def _timed(fmt: Format, w: torch.Tensor, rounding: Rounding, moments: Moments | None = None) -> float:
     if fmt.refusal(tuple(w.shape)) is not None:
         # Blocks and groups that the small matrix has no room for cost as little as rows.
-        fmt = FORMATS["int8-row" if isinstance(fmt, Int8) else "fp8-row"]
+        fmt, moments = FORMATS["int8-row" if isinstance(fmt, Int8) else "fp8-row"], None
     started = time.perf_counter()
-    quantize_layer(fmt, w, rounding, 0)
+    quantize_layer(fmt, w, rounding, 0, moments)
     if w.device.type == "cuda":
         torch.cuda.synchronize(w.device)
     return time.perf_counter() - started

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,16 +13,18 @@ from torch import Tensor
 from lrq.calibration.inputs import InputStats
 from lrq.checkpoint.reader import Reader
 from lrq.config import Conversion
-from lrq.errors import InputError
+from lrq.errors import InputError, printable
 from lrq.formats import Format
 from lrq.models.policy import SUFFIX
 from lrq.plan import make_plan
 from lrq.repair.bias import output_error
 from lrq.selection.budget import CANDIDATES, SOURCE, Point, allocate, least_bits, stored_bits, weight_of_error
-from lrq.selection.heuristics import out_of_line, relative_error, widen
+from lrq.selection.heuristics import PART, out_of_line, relative_error, widen
 from lrq.selection.inputs import Inputs
 from lrq.selection.layer import Layer
 from lrq.selection.storage import spec_of
+from lrq.staging.memory import SLACK, SPREAD
+from lrq.staging.process import resident
 
 STEP = 0.25
 """Bits a weight between two points of the curve that is reported."""
@@ -47,17 +49,44 @@ def measures(conversion: Conversion) -> bool:
     return selection.heur or selection.max_error is not None or selection.target_bits is not None
 
 
-def measure_layers(source: Reader, conversion: Conversion, device: torch.device) -> tuple[Conversion, Budget | None]:
+def check_memory(layers: Sequence[Layer], by_outputs: bool, limit: int | None) -> None:
+    """Raise :class:`InputError` where a layer that is measured, which is read whole, leaves the bound of the memory."""
+    if limit is None or not layers:
+        return
+
+    def need(layer: Layer) -> int:
+        weights = math.prod(layer.source.shape)
+        return layer.source.size + 16 * min(weights, PART) + (8 * weights + 2 * layer.statistics_size) * by_outputs
+
+    layer = max(layers, key=need)
+    most = resident() + SLACK + need(layer)
+    if most > limit:
+        raise InputError(
+            f"layer {printable(layer.name)} {list(layer.source.shape)}: is measured whole, which --max_ram does not "
+            f"allow; raise it to {math.ceil((most + SPREAD) / 1e5) / 10:.1f} MB, or leave --heur, --max_error and "
+            "--target_bits away"
+        )
+
+
+def measure_layers(
+    source: Reader, conversion: Conversion, device: torch.device, limit: int | None = None
+) -> tuple[Conversion, Budget | None]:
     """The conversion with a decision for every layer that a measurement changes.
 
+    Args:
+        limit: bytes of host memory.
+
     Raises:
-        InputError: as :func:`~lrq.plan.make_plan`; a target below what the smallest formats take.
+        InputError: as :func:`~lrq.plan.make_plan`; a target below what the smallest formats take; a layer beyond the
+            limit.
     """
     selection, budget = conversion.selection, None
     if selection.target_bits is not None:
         conversion = _with_family(conversion, nvfp4=True)
     plan = make_plan(source, conversion, allow_empty=selection.target_bits is not None)
     formats = {layer.name: layer.format for layer in plan.layers if not layer.asked}
+    by_outputs = selection.target_bits is not None and plan.inputs.stats is not None
+    check_memory([layer for layer in plan.layers if layer.name in formats], by_outputs, limit)
 
     def read(name: str) -> Tensor:
         return source.read(f"{name}{SUFFIX}").to(device)

@@ -15,11 +15,11 @@ from lrq.calibration.stats import load_stats
 from lrq.checkpoint.journal import Fingerprint
 from lrq.checkpoint.layout import Layout, Tensor, in_shards, one_file
 from lrq.checkpoint.reader import Reader
-from lrq.checkpoint.target import check_targets, target_of
+from lrq.checkpoint.target import check_targets, remains, target_of
 from lrq.checkpoint.writer import Writer
 from lrq.config import Conversion
 from lrq.dialects import comfyui
-from lrq.errors import InputError, UnfinishedError, printable
+from lrq.errors import InputError, UnfinishedError, counted, printable
 from lrq.execution import Execution
 from lrq.measure import Budget, measure_layers, measures
 from lrq.pipeline import LayerResult, OnLayer, run_plan
@@ -110,7 +110,7 @@ def quantize(
     with Reader(source) as reader:
         budget = None
         if measures(conversion):
-            conversion, budget = measure_layers(reader, conversion, chosen)
+            conversion, budget = measure_layers(reader, conversion, chosen, execution.ram_bytes)
         plan = make_plan(reader, conversion)
         stem = reader.stem if folder is None else Path(folder) / reader.stem.name
         layout = _layout(
@@ -122,15 +122,32 @@ def quantize(
             conversion.calibration.input_scales,
         )
         check_targets({layout.target, *(file.path for file in layout.files)}, (*reader.files, *used_files))
-        replaces = layout.target.exists()
+        replaces = [path for path in (layout.target, *(file.path for file in layout.files)) if path.exists()]
+        old = remains(layout, (*reader.files, *used_files))
         memory = plan_memory(plan.layers, conversion.rounding, chosen, execution)
         on_plan(plan)
         layers = _write(reader, plan, layout, conversion, chosen, on_layer, execution, memory)
         said = notices(plan, conversion)
         if replaces:
-            said.append(f"{printable(str(layout.target))}: replaced the file that was there")
+            said.append(f"{printable(str(replaces[0]))}: replaced the file that was there")
+        for path in old:
+            path.unlink(missing_ok=True)
+        if old:
+            said.append(
+                f"{printable(str(old[0]))}: removed, the output was in {counted(len(old), 'other file')} before"
+            )
+        said += _larger(layout, execution)
         used = MemoryUse(memory.host, peak(), memory.vram, _peak_vram(chosen))
         return Summary(layout.target, layers, plan.kept, plan.refused, said, reader.size, layout.size, used, budget)
+
+
+def _larger(layout: Layout, execution: Execution) -> list[str]:
+    """A notice where a file had to be larger than --shard_size."""
+    limit = execution.shard_bytes
+    over = [file for file in layout.files if limit is not None and file.size > limit]
+    if not over:
+        return []
+    return [f"--shard_size: {counted(len(over), 'file')} larger, as one layer or tensor with its header is"]
 
 
 def _layout(path: Path, plan: Plan, execution: Execution) -> Layout:

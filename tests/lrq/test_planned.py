@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from click.testing import CliRunner
 import inventories
 import lrq
 from checkpoints import FLAGS, LAYERS, convert, load, normal, run, save, transformer
+from lrq import estimate as estimates
+from lrq.calibration.simulate import standard_normal
+from lrq.calibration.stats import save_stats
 from lrq.checkpoint.reader import TORCH_DTYPES, Reader
 from lrq.cli import convert_to_quant
 from lrq.config import Conversion
@@ -294,3 +298,19 @@ def test_time_is_estimated_for_every_format(tmp_path, flags):
     assert 0 < simple["seconds"] < learned["seconds"]
     assert 3e8 < simple["host_peak_bytes"] < learned["host_peak_bytes"] < 1e10
     assert (simple["gpu_peak_bytes"] > 0) == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(("gram", "known"), [(True, "whole"), (False, "diagonal")])
+def test_time_and_bits_know_of_statistics(tmp_path, monkeypatch, gram, known):
+    source = save(tmp_path / "in", {"a.weight": normal(256, 256), "a.bias": normal(256)})
+    stats = standard_normal(256)
+    save_stats(tmp_path / "stats", {"a": replace(stats, gram=torch.eye(256)) if gram else stats}, "measured")
+    asked: list[str] = []
+    real = estimates._learned_rate
+    monkeypatch.setattr(estimates, "_learned_rate", lambda *a: (asked.append(a[1]), real(*a))[1])
+    bits = [
+        planned(source, "--nvfp4", *flags)["bits_per_quantized_weight"]
+        for flags in ((), ("--calib", str(tmp_path / "stats")))
+    ]
+    # A corrected bias is no weight.
+    assert asked == ["", known] and bits[0] == bits[1]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from lrq.checkpoint.layout import ENDING, INDEX
+from lrq.checkpoint.header import read_header
+from lrq.checkpoint.layout import ENDING, INDEX, PROVENANCE, Layout, partial_of
+from lrq.checkpoint.sources import SHARD
 from lrq.errors import InputError
 
 FOREIGN = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth")
@@ -31,9 +34,15 @@ def target_of(output: str | os.PathLike[str]) -> Path:
 
 
 def check_targets(targets: Iterable[Path], inputs: Iterable[str | os.PathLike[str] | None]) -> None:
-    """Raise :class:`InputError` for a target that can't be written, or that is one of the files that are read."""
+    """Raise :class:`InputError` for a target that can't be written, or that is one of the files that are read.
+
+    Nor may one of those have the name that the target has while it is not whole.
+    """
     read = [file for file in inputs if file is not None and os.path.exists(file)]
     for target in targets:
+        for own in (partial_of(target), journal_of(target)):
+            if own.exists() and any(os.path.samefile(own, file) for file in read):
+                raise InputError(f"{own}: is an input, and the name of {target.name} while it is written; rename it")
         if not target.parent.is_dir():
             raise InputError(f"{target.parent}: no such folder; make it first")
         if target.is_dir():
@@ -46,3 +55,56 @@ def check_targets(targets: Iterable[Path], inputs: Iterable[str | os.PathLike[st
             raise InputError(f"{target}: output and input are the same file")
         if not os.access(target, os.W_OK):
             raise InputError(f"{target}: exists and is read-only; name another file")
+
+
+def journal_of(target: Path) -> Path:
+    """The journal of an output that is not whole yet."""
+    partial = partial_of(target)
+    return partial.with_name(partial.name + ".journal")
+
+
+def other_form(layout: Layout) -> Path:
+    """The target of the same output in another form: an index for one file, one file for an index."""
+    stem = _stem(layout)
+    return layout.target.with_name(stem + (ENDING if layout.index is not None else INDEX))
+
+
+def unfinished_shards(layout: Layout) -> list[Path]:
+    """Shards of an output of this name that are not whole, whatever their number, which are not of this layout."""
+    own = {partial_of(file.path) for file in layout.files}
+    partials = layout.target.parent.glob(f"{glob.escape(_stem(layout))}-?????-of-?????{ENDING}.partial")
+    return sorted(path for path in partials if path not in own)
+
+
+def remains(layout: Layout, inputs: Iterable[str | os.PathLike[str] | None]) -> list[Path]:
+    """What lrq wrote under this name in another number of files: a loader that finds it reads the old model.
+
+    Files that it did not write, and those that are read now, are none of it.
+    """
+    stem, folder = _stem(layout), layout.target.parent
+    own = {layout.target, *(file.path for file in layout.files)}
+    read = [file for file in inputs if file is not None and os.path.exists(file)]
+    shards = [path for path in folder.glob(f"{glob.escape(stem)}-?????-of-?????{ENDING}") if SHARD.fullmatch(path.name)]
+    files = [path for path in (folder / f"{stem}{ENDING}", *sorted(shards)) if path not in own]
+    found = [
+        path
+        for path in files
+        if path.is_file() and not any(os.path.samefile(path, file) for file in read) and _is_ours(path)
+    ]
+    index = folder / f"{stem}{INDEX}"
+    # An index is as its shards are.
+    if index not in own and index.is_file() and any(path in found for path in shards):
+        found.append(index)
+    return found
+
+
+def _stem(layout: Layout) -> str:
+    return layout.target.name.removesuffix(INDEX).removesuffix(ENDING)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return PROVENANCE in read_header(file, path)[0].metadata
+    except (InputError, OSError):
+        return False

@@ -17,6 +17,7 @@ from lrq.checkpoint.journal import Fingerprint, Journal, difference
 from lrq.checkpoint.layout import Layout, OutputFile, partial_of
 from lrq.checkpoint.reader import CODES
 from lrq.checkpoint.resume import damaged, finished_in
+from lrq.checkpoint.target import journal_of, other_form, unfinished_shards
 from lrq.errors import InputError, UnfinishedError, printable
 
 SYNC_BYTES = 1 << 28
@@ -53,7 +54,7 @@ class Writer:
         self._fds: list[int] = []
         self._owed = 0
         self._keep = self._sync_failed = False
-        self._journal = Journal(self.partial.with_name(self.partial.name + ".journal"))
+        self._journal = Journal(journal_of(layout.target))
         try:
             self.finished = self._open(fingerprint, restart)
         except BaseException:
@@ -103,6 +104,7 @@ class Writer:
         return frozenset(checksums)
 
     def _begin(self, fingerprint: Fingerprint, restart: bool) -> None:
+        self._clear_others(restart)
         for file in self.layout.files:
             partial = partial_of(file.path)
             if partial.exists() and not restart:
@@ -115,6 +117,21 @@ class Writer:
             self._fds.append(self._opened(file))
             self._prepare(number, file)
         self._guarded(disk.sync_folder, self.layout.target.parent)
+
+    def _clear_others(self, restart: bool) -> None:
+        """Runs of this output in another number of files, which did not end."""
+        other = other_form(self.layout)
+        if journal_of(other).exists():
+            if not restart:
+                raise InputError(
+                    f"{partial_of(other)}: an unfinished run with another --shard_size is in the way; end it with that "
+                    "one, or --restart begins again"
+                )
+            # Not that of a run that goes on: it holds the lock.
+            Journal(journal_of(other)).remove()
+            partial_of(other).unlink(missing_ok=True)
+        for path in unfinished_shards(self.layout) if restart else ():
+            path.unlink(missing_ok=True)
 
     def _opened(self, file: OutputFile) -> int:
         try:

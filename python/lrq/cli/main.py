@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from lrq_kernels._version import __version__
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+_NO_MEMORY = ("can't allocate memory", "can't start new thread")
+"""How torch and Python say so."""
 _STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -33,16 +36,21 @@ def _stop(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _leave(*_: Any) -> NoReturn:
+    # At once: what an exception would end may be an import, which can swallow it.
+    os.write(2, b"error: interrupted; nothing was written\n")
+    os._exit(INTERRUPTED)
+
+
 def guarded(work: Callable[[], Any]) -> Any:
     """Run ``work``; what a user can cause becomes one line on stderr."""
-    try:
-        # Before signals are heeded: an import may swallow what they raise, and there is nothing yet to remove.
-        import torch  # noqa: F401
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", INTERRUPTED)
     # What is ignored stays so: nohup ignores SIGHUP.
     heeded = [number for number in _STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-    handlers = {number: signal.signal(number, _stop) for number in heeded}
+    handlers = {number: signal.signal(number, _leave) for number in heeded}
+    import lrq.run  # noqa: F401
+
+    for number in heeded:
+        signal.signal(number, _stop)
     try:
         return work()
     except InputError as error:
@@ -54,6 +62,8 @@ def guarded(work: Callable[[], Any]) -> Any:
     except MemoryError:
         _fail("out of memory; close other programs or use a machine with more")
     except RuntimeError as error:
+        if any(words in str(error) for words in _NO_MEMORY):
+            _fail("out of memory; close other programs, or take less by --max_ram, --low_memory or --simple")
         # By name: importing the class would import torch.
         if type(error).__name__ != "BackendError":
             raise
@@ -186,7 +196,8 @@ def verify(output: str, more: tuple[str, ...], source: str | None, calib: str | 
     def work() -> bool:
         from lrq.run import verify as verify_file
 
-        result = verify_file(output, source, calib=calib)
+        with tables.verifying() as on_layer:
+            result = verify_file(output, source, calib=calib, on_layer=on_layer)
         tables.print_verification(result, Path(output), as_json)
         return result.ok
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +21,7 @@ from lrq.errors import counted, printable
 if TYPE_CHECKING:
     from lrq.report.calibrated import Predicted
     from lrq.report.error import LayerError
-    from lrq.report.verification import Verification
+    from lrq.report.verification import LayerReport, Verification
 
 _COLUMNS = {
     "error": ("frobenius", "{:.4f}"),
@@ -87,6 +90,14 @@ def _finite(error: LayerError | None) -> dict[str, float | None] | None:
         return None
     values = {name: getattr(error, name) for name, _ in _COLUMNS.values()}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+@contextmanager
+def verifying() -> Iterator[Callable[[LayerReport], None]]:
+    """Says on a terminal how far it is: the exact directions of a large layer take a while."""
+    terminal, done = Console(stderr=True), count(1)
+    with terminal.status("verifying") if terminal.is_terminal else nullcontext() as status:
+        yield lambda layer: None if status is None else status.update(f"verified {next(done)}: {printable(layer.name)}")
 
 
 def print_verification(result: Verification, path: Path, as_json: bool) -> None:

@@ -52,10 +52,12 @@ def _spec(layer: Layer) -> dict[str, Any]:
 def bits_per_weight(plan: Plan) -> tuple[float, float]:
     """Bits of an element: of the quantized layers with their scales, and of the whole model."""
     weights = sum(math.prod(layer.source.shape) for layer in plan.layers)
-    copied = sum(entry.size for entry in plan.copied)
-    stored = plan.header.data_size - copied
-    elements = weights + sum(entry.size * 8 // BITS[entry.dtype] for entry in plan.copied)
-    return 8 * stored / max(weights, 1), 8 * (stored + copied) / max(elements, 1)
+    biases = [f"{layer.name}.{comfyui.BIAS}" for layer in plan.layers if layer.corrects is not None]
+    known = {entry.name: entry for entry in plan.header.entries} if biases else {}
+    as_they_are = [*plan.copied, *(known[name] for name in biases)]
+    stored = plan.header.data_size - sum(entry.size for entry in as_they_are)
+    elements = weights + sum(entry.size * 8 // BITS[entry.dtype] for entry in as_they_are)
+    return 8 * stored / max(weights, 1), 8 * plan.header.data_size / max(elements, 1)
 
 
 def document(

@@ -30,8 +30,7 @@ WORSE_WHEN_MEASURED = 10.0
 """The same of a layer that was rounded under statistics of its inputs: its error is where they are small. The damping
 of GPTQ allows a hundredfold square."""
 OUTLIER = 5.0
-"""So was one that has neighbouring weights with more than this times what is expected of them: learned rounding leaves
-less than 4 times on real models."""
+"""So was one with neighbouring weights of more than this times the error expected of them; learning leaves under 4."""
 
 
 @dataclass(frozen=True)

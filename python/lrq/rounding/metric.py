@@ -172,4 +172,4 @@ def weight_metric(w: Tensor, rounding: Rounding, plain_weight: float, spectrum: 
     norm = weights.square().mean(-1, keepdim=True).sqrt()
     plain = plain_weight if rounding.plain_weight is None else rounding.plain_weight
     right = aligned(right * torch.where(norm > 0, weights / norm, 1.0))
-    return Metric(right, torch.full((len(w),), plain, device=w.device), None if left is None else aligned(left))
+    return Metric(right, torch.full((len(w),), float(plain), device=w.device), None if left is None else aligned(left))

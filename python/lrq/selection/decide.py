@@ -114,6 +114,8 @@ class _Judge:
         fmt = choose_format(choice.storage, entry.shape)
         if isinstance(fmt, str):
             decisions.refused[entry.name] = fmt
+            if asked is not None:
+                self.rules.note_useless(name, fmt)
             return
         if verdict.formats is not None and fmt.name not in verdict.formats:
             decisions.kept[entry.name] = verdict.why

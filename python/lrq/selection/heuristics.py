@@ -20,6 +20,8 @@ THIN = 64
 """Ratio of the sides beyond which a product waits for memory, not for arithmetic."""
 WIDER: tuple[tuple[str, Format], ...] = (("nvfp4", FORMATS["mxfp8"]),)
 """The next wider format, where there is one before the source's own."""
+PART = 1 << 22
+"""Weights that are rounded at a time."""
 OUT_OF_LINE = 2.0
 """Errors more than this times the median of the model's layers in the same format are out of line."""
 FEWEST = 5
@@ -40,10 +42,23 @@ def unsuitable(fmt: Format, shape: Shape) -> str | None:
 
 def relative_error(fmt: Format, w: Tensor) -> float:
     """|Ŵ − W| / |W| of round-to-nearest; 0 for a weight of zeros."""
-    single = w.float()
-    norm = torch.linalg.vector_norm(single).item()
-    error = fmt.dequantize(fmt.quantize(single, None), tuple(w.shape)) - single
-    return torch.linalg.vector_norm(error).item() / norm if norm > 0 else 0.0
+    weight = error = 0.0
+    for matrix in w if w.dim() == 3 else (w,):
+        rows = max(1, PART // matrix.shape[1] // fmt.tile_rows) * fmt.tile_rows
+        scale = _matrix_scale(fmt, matrix) if rows < matrix.shape[0] else None
+        for part in matrix.split(rows):
+            single = part.float()
+            stored = fmt.dequantize(fmt.quantize(single, None, scale), tuple(single.shape))
+            weight += torch.linalg.vector_norm(single).item() ** 2
+            error += torch.linalg.vector_norm(stored - single).item() ** 2
+    return math.sqrt(error / weight) if weight > 0 else 0.0
+
+
+def _matrix_scale(fmt: Format, matrix: Tensor) -> Tensor | None:
+    """The scale of the whole, for its parts: that of a matrix with one weight, the largest."""
+    if fmt.matrix_scale is None:
+        return None
+    return fmt.quantize(matrix.abs().amax().float().view(1, 1), None)[fmt.matrix_scale]
 
 
 def widen(layer: Layer, w: Tensor, limit: float) -> dict[str, object] | None:

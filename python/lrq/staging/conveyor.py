@@ -21,6 +21,12 @@ from lrq.staging.naming import naming
 from lrq.staging.places import Place
 from lrq.staging.tiles import Tile
 
+_SMALL = 1 << 14
+"""Bytes that a load takes of the budget at least: of small layers, too, only so many are on their way."""
+_LEAST_BUDGET = 1 << 20
+_MOST_BEGUN = 1 << 10
+"""Writes that are remembered before those that ended are forgotten."""
+
 Step = Entry | tuple[Tile, str]
 """A tensor that is copied, or a tile and what it is read for."""
 
@@ -46,7 +52,7 @@ class Conveyor:
 
     def __init__(self, source: Reader, writer: Writer, place: Place, memory: MemoryPlan) -> None:
         self._source, self._writer, self._place = source, writer, place
-        self._budget = Budget(memory.held)
+        self._budget = Budget(max(memory.held, _LEAST_BUDGET))
         self._threaded = memory.threads > 0
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -91,7 +97,7 @@ class Conveyor:
                 yield self._load(*step)
 
     def _load(self, tile: Tile, purpose: str) -> Load:
-        self._budget.take(tile.held())
+        self._budget.take(max(tile.held(), _SMALL))
         first, size = tile.source_range
         with naming(tile):
             load = Load(tile, purpose, self._place.take(size))
@@ -114,7 +120,7 @@ class Conveyor:
         for begin in range(0, entry.size, PIECE):
             size = min(PIECE, entry.size - begin)
             drain = self._drain(entry.name, begin)
-            self._begun += self._submit("_writers", self._place.through, size, self._fill(entry, begin, True), drain)
+            self._remember(self._submit("_writers", self._place.through, size, self._fill(entry, begin, True), drain))
 
     def _drain(self, name: str, begin: int) -> Callable[[memoryview], None]:
         return lambda view: self._writer.write_at(name, begin, view)
@@ -134,8 +140,15 @@ class Conveyor:
         found: list[Future[None]] = []
         for number, begin, drain in parts:
             found += self._submit("_writers", self._write_part, load, number, begin, mark, drain)
-        self._begun += found
+        self._remember(found)
         return found
+
+    def _remember(self, writes: list[Future[None]]) -> None:
+        with self._lock:
+            self._begun += writes
+            if len(self._begun) > 2 * _MOST_BEGUN:
+                # What a thread raised is known: they return nothing.
+                self._begun = [write for write in self._begun if not write.done()]
 
     def _write_part(
         self, load: Load, number: int, begin: int, mark: torch.cuda.Event | None, drain: Callable[[memoryview], None]
@@ -158,7 +171,7 @@ class Conveyor:
         load.stored = []
         self._place.give(load.memory)
         load.memory = torch.empty(0)
-        self._budget.give(load.tile.held())
+        self._budget.give(max(load.tile.held(), _SMALL))
 
     def _submit(self, pool: str, call: Callable[..., None], *args: Any) -> list[Future[None]]:
         if not self._threaded:

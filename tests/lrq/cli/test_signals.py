@@ -76,3 +76,22 @@ def test_a_signal_while_torch_is_imported_ends_the_run(tmp_path, source):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) in (-signal.SIGTERM, 130, 0)
         assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_a_signal_inside_an_import_is_not_swallowed(tmp_path):
+    """importlib catches what is raised in some of its callbacks."""
+    program = """if True:
+        import os, signal, sys
+        class Finder:
+            def find_spec(self, name, *_):
+                if name == "torch":
+                    try:
+                        os.kill(os.getpid(), signal.SIGINT)
+                    except KeyboardInterrupt:
+                        pass
+        sys.meta_path.insert(0, Finder())
+        from lrq.cli.main import main
+        main(["backends"])
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, preexec_fn=heed_signals)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was written\n"), done

@@ -136,3 +136,9 @@ def test_scales_of_a_matrix_do_not_hang_on_its_batch() -> None:
     together = quantize_layers(FORMATS["nvfp4"], weights, rounding, 0)[1][0]
     alone = quantize_layers(FORMATS["nvfp4"], weights[1:], rounding, 0)[0][0]
     assert all(same_bytes(together[suffix], alone[suffix]) for suffix in alone)
+
+
+def test_a_whole_number_is_a_weight_of_the_plain_error_too() -> None:
+    w = low_rank(64, 96)
+    one, other = (quantize_layer(FORMATS["nvfp4"], w, Rounding(plain_weight=x), 0)[0] for x in (1, 1.0))
+    assert same_bytes(one["weight"], other["weight"])

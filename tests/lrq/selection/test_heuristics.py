@@ -11,6 +11,7 @@ import torch
 import lrq
 from checkpoints import load, normal, run, save
 from lrq.formats import FORMATS
+from lrq.selection import heuristics
 from lrq.selection.heuristics import out_of_line, relative_error, unsuitable
 
 
@@ -105,3 +106,13 @@ def test_max_error_leaves_the_flags_of_a_layer(tmp_path):
     assert run("convert", "-i", source, "-o", tmp_path / "out", *flags).exit_code == 0
     stated = load(tmp_path / "out").stated
     assert stated["a"]["format"] == "mxfp8" and all(marker["full_precision_matrix_mult"] for marker in stated.values())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_errors_do_not_hang_on_the_part_that_is_rounded_at_a_time(monkeypatch, name):
+    w = normal(2, 384, 256).bfloat16()
+    whole = relative_error(FORMATS[name], w[0])
+    monkeypatch.setattr(heuristics, "PART", 128 * 256)
+    assert relative_error(FORMATS[name], w[0]) == pytest.approx(whole, rel=1e-5)
+    if FORMATS[name].refusal(tuple(w.shape)) is None:
+        assert relative_error(FORMATS[name], w * torch.tensor([[[1.0]], [[0.0]]])) == pytest.approx(whole, rel=1e-5)

@@ -231,3 +231,12 @@ def test_the_call_takes_rules_as_a_file_or_as_a_table(tmp_path, source):
         with pytest.raises(InputError):
             lrq.quantize(source, tmp_path / "c", layer_config=wrong)
     assert torch.equal(load(source).tensors["tokens"], load(tmp_path / "a").tensors["tokens"])
+
+
+@pytest.mark.parametrize("spec", [{"format": "int8-row-convrot"}, {"format": "fp8-block"}])
+def test_a_rule_whose_format_takes_none_of_the_shapes_is_an_error(tmp_path, spec):
+    source = save(tmp_path / "in", {"odd.weight": normal(100, 70), "even.weight": normal(128, 256)})
+    (tmp_path / "rules").write_text(json.dumps({"odd": spec}))
+    result = run("convert", "-i", source, "-o", tmp_path / "out", "--simple", "--layer-config", tmp_path / "rules")
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and "finds only weights that can't be quantized so" in line

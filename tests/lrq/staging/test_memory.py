@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ import torch
 import lrq.pipeline
 from checkpoints import normal, run, save
 from lrq import quantize
+from lrq.calibration.simulate import standard_normal
+from lrq.calibration.stats import save_stats
 from lrq.errors import InputError, UnfinishedError
 from lrq.execution import Execution, parse_size
+from lrq.staging.conveyor import Conveyor
 from lrq.staging.memory import Budget, StoppedError
 
 SIMPLE = {"simple": True}
@@ -70,7 +74,7 @@ def test_a_bound_too_small_is_refused_before_the_start_with_what_would_do(tmp_pa
     output = tmp_path / "out.safetensors"
     result = run("convert", "-i", source, "-o", output, "--simple", "--max_ram", "1MB")
     enough = float(re.search(r"raise it to ([\d.]+) MB", result.stderr)[1])
-    result = run("convert", "-i", source, "-o", output, "--simple", "--max_ram", bound.format(base=f"{enough - 5:.1f}"))
+    result = run("convert", "-i", source, "-o", output, "--simple", "--max_ram", bound.format(base=f"{enough - 9:.1f}"))
     (line,) = result.stderr.splitlines()
     assert result.exit_code == 2 and "layer blocks." in line and "4096]: needs" in line and words in line
     assert not list(tmp_path.iterdir())
@@ -81,6 +85,37 @@ def test_what_is_advised_does(tmp_path, source):
     advised = re.search(r"raise it to ([\d.]+) MB", done.stderr)[1]
     measured, _ = peaks(source, tmp_path / "out", "--simple", "--nvfp4", "--max_ram", f"{advised}MB")
     assert measured <= float(advised)
+
+
+@pytest.mark.parametrize("flags", [("--heur",), ("--max_error", "0.5"), ("--target_bits", "6")])
+def test_what_is_measured_first_keeps_the_bound_too(tmp_path, source, flags):
+    result = run("convert", "-i", source, "-o", tmp_path / "out", "--simple", "--nvfp4", "--max_ram", "1MB", *flags)
+    (line,) = result.stderr.splitlines()
+    assert "layer blocks.1.fc [2048, 4096]: is measured whole" in line
+    advised = re.search(r"raise it to ([\d.]+) MB", line)[1]
+    measured, predicted = peaks(source, tmp_path / "out", "--simple", "--nvfp4", "--max_ram", f"{advised}MB", *flags)
+    assert max(measured, predicted) <= float(advised)
+
+
+def test_statistics_leave_the_memory_with_their_layer(tmp_path):
+    tensors = {f"blocks.{i}.fc.weight": normal(64, 2048, seed=i).bfloat16() for i in range(16)}
+    gram = torch.eye(2048)
+    stats = {
+        f"blocks.{i}.fc": replace(standard_normal(2048), gram=gram, mean=torch.zeros(2048).double()) for i in range(16)
+    }
+    source = save(tmp_path / "in.safetensors", tensors)
+    save_stats(tmp_path / "stats.safetensors", stats, "measured")
+    measured, predicted = peaks(source, tmp_path / "out", "--simple", "--calib", str(tmp_path / "stats.safetensors"))
+    assert measured <= predicted
+
+
+def test_of_many_small_layers_few_are_remembered(tmp_path, monkeypatch):
+    begun: list[int] = []
+    real = Conveyor.finish
+    monkeypatch.setattr(Conveyor, "finish", lambda self: (begun.append(len(self._begun)), real(self)))
+    source = save(tmp_path / "in.safetensors", {f"blocks.{i}.fc.weight": normal(16, 16, seed=i) for i in range(1500)})
+    quantize(source, tmp_path / "out.safetensors", **SIMPLE)
+    assert begun and begun[0] < 2500
 
 
 def test_learned_rounding_needs_more_and_says_that_simple_does_not(tmp_path, source):
