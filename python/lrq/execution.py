@@ -31,7 +31,10 @@ class Execution:
         None, "Memory of the GPU at most; auto: what is free. Layers are cut into tiles to fit.", metavar="SIZE"
     )
     shard_size: str | None = _setting(
-        None, "Write files of at most this size, and an index: 5GB, 500MiB.", metavar="SIZE"
+        None,
+        "Write files of at most this size, and an index: 5GB, 500MiB; a larger layer has a file of its own, what fits "
+        "into one file is one.",
+        metavar="SIZE",
     )
     restart: bool = _setting(False, "Begin again; otherwise a run goes on from where an unfinished one stopped.")
 

@@ -24,7 +24,7 @@ from lrq.selection.inputs import Inputs
 from lrq.selection.layer import Layer
 from lrq.selection.storage import spec_of
 from lrq.staging.memory import SLACK, SPREAD
-from lrq.staging.process import resident
+from lrq.staging.process import resident, return_large_blocks
 
 STEP = 0.25
 """Bits a weight between two points of the curve that is reported."""
@@ -51,12 +51,13 @@ def measures(conversion: Conversion) -> bool:
 
 def check_memory(layers: Sequence[Layer], by_outputs: bool, limit: int | None) -> None:
     """Raise :class:`InputError` where a layer that is measured, which is read whole, leaves the bound of the memory."""
+    return_large_blocks()
     if limit is None or not layers:
         return
 
     def need(layer: Layer) -> int:
         weights = math.prod(layer.source.shape)
-        return layer.source.size + 16 * min(weights, PART) + (8 * weights + 2 * layer.statistics_size) * by_outputs
+        return layer.source.size + 32 * min(weights, PART) + (8 * weights + 2 * layer.statistics_size) * by_outputs
 
     layer = max(layers, key=need)
     most = resident() + SLACK + need(layer)

@@ -173,10 +173,14 @@ def _write(
     memory: MemoryPlan,
 ) -> list[LayerResult]:
     """The work; what stops it says what remains of it."""
+    source = reader.fingerprint
     writer = Writer(layout, _fingerprint(reader, plan, layout, conversion, device), execution.restart)
     try:
         with writer:
-            return run_plan(reader, plan, writer, conversion, device, on_layer, memory)
+            layers = run_plan(reader, plan, writer, conversion, device, on_layer, memory)
+            if reader.fingerprint != source:
+                raise InputError(f"{reader.path}: changed while it was converted; begin again when nobody writes to it")
+            return layers
     except UnfinishedError as error:
         raise UnfinishedError(f"{error}; {writer.kept()}") from None
     except KeyboardInterrupt:

@@ -224,6 +224,13 @@ def test_finished_layers_are_not_computed_again(tmp_path, source, undisturbed, m
     assert output.read_bytes() == undisturbed and 0 < len(computed) < len(summary.layers) == 4
 
 
+def test_a_source_that_changes_meanwhile_makes_no_output(tmp_path, source):
+    output = tmp_path / "out.safetensors"
+    with pytest.raises(InputError, match="changed while it was converted"):
+        quantize(source, output, simple=True, on_layer=lambda _: os.utime(source, ns=(1, 1)))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
+
+
 def test_an_interrupted_call_says_what_remains(tmp_path, source):
     # A shell starts what runs in the background with the signal ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

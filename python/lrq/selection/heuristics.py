@@ -20,7 +20,7 @@ THIN = 64
 """Ratio of the sides beyond which a product waits for memory, not for arithmetic."""
 WIDER: tuple[tuple[str, Format], ...] = (("nvfp4", FORMATS["mxfp8"]),)
 """The next wider format, where there is one before the source's own."""
-PART = 1 << 22
+PART = 1 << 20
 """Weights that are rounded at a time."""
 OUT_OF_LINE = 2.0
 """Errors more than this times the median of the model's layers in the same format are out of line."""
@@ -58,7 +58,8 @@ def _matrix_scale(fmt: Format, matrix: Tensor) -> Tensor | None:
     """The scale of the whole, for its parts: that of a matrix with one weight, the largest."""
     if fmt.matrix_scale is None:
         return None
-    return fmt.quantize(matrix.abs().amax().float().view(1, 1), None)[fmt.matrix_scale]
+    low, high = matrix.aminmax()
+    return fmt.quantize(torch.maximum(high, -low).float().view(1, 1), None)[fmt.matrix_scale]
 
 
 def widen(layer: Layer, w: Tensor, limit: float) -> dict[str, object] | None:

@@ -40,6 +40,9 @@ SLACK = 3 << 22
 """Bytes for what threads, the journal and the C library take while a run goes on, and for code that is read from disk
 only then: how much of it the system maps at a time hangs on what it has in its caches."""
 
+RESULT = 1 << 10
+"""Bytes that are remembered of every layer."""
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -74,7 +77,7 @@ def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.devic
     warm_up([whole(layer) for layer in layers], rounding, device)
     learned = any(not layer.rounding(rounding).simple for layer in layers)
     libraries = LIBRARIES if on_gpu else LEARNING_LIBRARIES if learned else 0
-    base = resident() + SLACK + buffers + libraries
+    base = resident() + SLACK + buffers + libraries + RESULT * len(layers)
     if execution.ram_bytes is not None and base > execution.ram_bytes and on_gpu:
         raise InputError(f"--max_ram: the process takes {_sized(base)} without any layer; raise it to that")
     room = _room(device, execution, 0 if on_gpu else base)

@@ -22,7 +22,7 @@ _FEW_ROWS = 128
 
 def warm_up(tiles: Iterable[Tile], rounding: Rounding, device: torch.device) -> None:
     """Do once, and small, what the run does: libraries, kernels and a GPU's context then count as there before."""
-    _return_large_blocks()
+    return_large_blocks()
     narrowest = {
         (tile.layer.format, len(tile.shape), tile.layer.rounding(rounding)): tile
         for tile in sorted(tiles, key=_columns, reverse=True)
@@ -46,7 +46,8 @@ def _columns(tile: Tile) -> int:
     return tile.shape[-1]
 
 
-def _return_large_blocks() -> None:
+def return_large_blocks() -> None:
+    """Let the C library give memory back that is free."""
     # By itself glibc raises the threshold to the largest block freed, and keeps what is smaller in its heaps.
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
