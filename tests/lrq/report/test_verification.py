@@ -143,7 +143,7 @@ def test_a_marker_of_a_layer_that_came_quantized_must_be_the_sources(good, tmp_p
 
 def test_scales_that_follow_the_codes_are_verified(tmp_path):
     source = save(tmp_path / "in", {"a.weight": normal(64, 128), "b.weight": normal(64, 128)})
-    flags = {"nvfp4": True, "projection": "both", "plain_weight": 0.1, "scale_rounds": 2}
+    flags = {"nvfp4": True, "projection": "both", "plain_weight": 1.0, "scale_rounds": 2}
     quantize(source, tmp_path / "out", **flags, device="cpu")
     quantize(source, tmp_path / "fixed", **{**flags, "scale_rounds": 0}, device="cpu")
     result = verify(tmp_path / "out", source)
