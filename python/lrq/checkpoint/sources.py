@@ -16,6 +16,7 @@ from lrq.errors import InputError, printable
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """Endings of PyTorch files."""
+_ENDINGS = (ENDING, ".sft", *PICKLES)
 COMPONENTS = ("transformer", "unet")
 """The folder of a diffusers pipeline that holds the model worth quantizing."""
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
@@ -112,7 +113,8 @@ def _of_shards(paths: Sequence[Path]) -> Source:
 
 
 def _of_file(path: Path) -> Source:
-    return Source(path, path.with_name(path.name.removesuffix(ENDING) or path.name), (path,))
+    ending = next((ending for ending in _ENDINGS if path.name.endswith(ending)), "")
+    return Source(path, path.with_name(path.name.removesuffix(ending) or path.name), (path,))
 
 
 def _of_index(path: Path) -> Source:
