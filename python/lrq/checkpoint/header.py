@@ -188,10 +188,8 @@ def parse_header(text: bytes, path: Path) -> Header:
     metadata = table.pop(METADATA, None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{path}: header: {METADATA} must map strings to strings")
-    try:
-        "".join((*table, *metadata, *metadata.values())).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{path}: header: a name or a metadata value is not valid Unicode") from None
+    if not is_unicode("".join((*table, *metadata, *metadata.values()))):
+        raise InputError(f"{path}: header: a name or a metadata value is not valid Unicode")
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}
     found = [_entry(name, record, path, sizes) for name, record in table.items()]
     entries = sorted(found, key=attrgetter("begin", "end"))
@@ -202,6 +200,15 @@ def parse_header(text: bytes, path: Path) -> Header:
             raise InputError(f"{path}: header: tensor {printable(entry.name)} {problem}")
         offset = entry.end
     return Header(tuple(entries), metadata, 8 + len(text))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written: JSON and pickles may hold halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

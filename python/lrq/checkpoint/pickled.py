@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lrq.checkpoint.header import METADATA, Entry, lay_out
+from lrq.checkpoint.header import METADATA, Entry, is_unicode, lay_out
 from lrq.checkpoint.reader import CODES, TORCH_DTYPES, Reader
 from lrq.errors import InputError, printable
 
@@ -187,7 +187,7 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[int, int]]:
             raise InputError(f"{refused}; its entry {printable(str(name))} is no tensor; convert it to .safetensors")
         if tensor.layout != torch.strided or tensor.is_meta:
             raise InputError(f"{refused}; its tensor {printable(name)} is not dense; convert it to .safetensors")
-        if name == METADATA or not _is_unicode(name):
+        if name == METADATA or not is_unicode(name):
             raise InputError(f"{path}: a tensor is named {printable(name)}, which safetensors can't store; rename it")
     return loaded, addresses
 
@@ -215,11 +215,3 @@ def _reason(error: Exception) -> str:
     text = _STYLE.sub("", str(error)) or type(error).__name__
     found = _REASON.search(text)
     return printable(textwrap.shorten(found[1] if found else text.partition("\n")[0], 160, placeholder=" ..."))
-
-
-def _is_unicode(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
