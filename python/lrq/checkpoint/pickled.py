@@ -22,7 +22,10 @@ from lrq.errors import InputError, printable
 _LOCAL_HEADER = 30
 """Bytes of a zip entry before its name; the last four are the lengths of the name and of what follows it."""
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
-_REASON = re.compile(r"WeightsUnpickler error: *(.+)")
+_REASON = re.compile(
+    r"Weights only load failed.*?(?:WeightsUnpickler error:|\n\n)\s*([^\n]+?)\.?(?: Please use |\n|$)", re.DOTALL
+)
+"""What torch says went wrong, among its advice."""
 
 
 class _View(NamedTuple):
