@@ -32,6 +32,8 @@ BITS = {
 }
 """Bits of one element of every dtype of the format."""
 
+METADATA = "__metadata__"
+"""The key of a header that is no tensor's name."""
 MAX_HEADER = 100_000_000
 """The limit of the safetensors library."""
 MAX_DIMENSIONS = 64
@@ -110,7 +112,7 @@ def lay_out(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str,
     entries: list[Entry] = []
     offset = 0
     # Written here, and once for every shape: a generic writer takes as long as all other planning of 100,000 tensors.
-    records = [f'"__metadata__":{_to_json(metadata)}'] if metadata else []
+    records = [f'"{METADATA}":{_to_json(metadata)}'] if metadata else []
     known: dict[tuple[str, tuple[int, ...]], tuple[int, str]] = {}
     for name, dtype, shape in chain.from_iterable(by_width[width] for width in sorted(by_width, reverse=True)):
         kind = dtype, shape
@@ -183,13 +185,11 @@ def parse_header(text: bytes, path: Path) -> Header:
         raise InputError(f"{path}: not a safetensors file (header is not valid JSON: {_first_line(error)})") from None
     if not isinstance(table, dict):
         raise InputError(f"{path}: not a safetensors file (header is not a JSON object)")
-    metadata = table.pop("__metadata__", None) or {}
+    metadata = table.pop(METADATA, None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InputError(f"{path}: header: __metadata__ must map strings to strings")
-    try:
-        "".join((*table, *metadata, *metadata.values())).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{path}: header: a name or a metadata value is not valid Unicode") from None
+        raise InputError(f"{path}: header: {METADATA} must map strings to strings")
+    if not is_unicode("".join((*table, *metadata, *metadata.values()))):
+        raise InputError(f"{path}: header: a name or a metadata value is not valid Unicode")
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}
     found = [_entry(name, record, path, sizes) for name, record in table.items()]
     entries = sorted(found, key=attrgetter("begin", "end"))
@@ -200,6 +200,15 @@ def parse_header(text: bytes, path: Path) -> Header:
             raise InputError(f"{path}: header: tensor {printable(entry.name)} {problem}")
         offset = entry.end
     return Header(tuple(entries), metadata, 8 + len(text))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written: JSON and pickles may hold halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

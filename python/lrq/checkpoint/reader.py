@@ -57,15 +57,20 @@ class Reader:
     stem: Path
     """What outputs are named after: the source's name without its ending."""
 
+    _source: Source
+
     def __new__(cls, path: str | os.PathLike[str]) -> Reader:
-        if cls is Reader and os.fspath(path).endswith(PICKLES):
+        source = find_source(path)
+        if cls is Reader and source.files[0].name.endswith(PICKLES):
             from lrq.checkpoint.pickled import PickleReader
 
-            return super().__new__(PickleReader)
-        return super().__new__(cls)
+            cls = PickleReader
+        reader = super().__new__(cls)
+        reader._source = source
+        return reader
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        source = find_source(path)
+        source = self._source
         self.path, self.stem = source.path, source.stem
         self._paths = source.files
         self._files: list[Any] = []

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from lrq.checkpoint.header import MAX_HEADER, Header
-from lrq.checkpoint.layout import ENDING, INDEX
+from lrq.checkpoint.header import MAX_HEADER, Header, is_unicode, read_header
+from lrq.checkpoint.layout import ENDING, INDEX, PROVENANCE
 from lrq.errors import InputError, printable
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """Endings of PyTorch files."""
+_ENDINGS = (ENDING, ".sft", *PICKLES)
 COMPONENTS = ("transformer", "unet")
 """The folder of a diffusers pipeline that holds the model worth quantizing."""
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
@@ -58,13 +59,19 @@ def find_source(path: str | os.PathLike[str]) -> Source:
     Raises:
         InputError: no such file, a bad index, or a folder that holds none or several checkpoints.
     """
-    name = os.fspath(path)
-    found = Path(path)
+    try:
+        return _find(os.fspath(path))
+    except OSError as error:
+        raise InputError(f"{os.fspath(path)}: can't be opened: {error.strerror or error}") from None
+
+
+def _find(name: str) -> Source:
+    found = Path(name)
     if not name:
         raise InputError("the name of the checkpoint is empty; name one .safetensors file")
     if found.is_dir():
         return _in_folder(found)
-    if not os.path.lexists(found) and glob.has_magic(name):
+    if is_glob(name):
         sources = expand([name])
         if len(sources) > 1:
             raise InputError(f"{printable(name)}: finds {len(sources)} checkpoints; name one")
@@ -82,7 +89,7 @@ def expand(names: Sequence[str]) -> list[str]:
     """
     expanded = []
     for name in names:
-        if os.path.lexists(name) or not glob.has_magic(name):
+        if not is_glob(name):
             expanded.append(name)
             continue
         matches = _matches(name)
@@ -90,6 +97,21 @@ def expand(names: Sequence[str]) -> list[str]:
             raise InputError(f"{printable(name)}: finds no file")
         expanded += [name] if _is_set(matches) else map(str, matches)
     return list({os.path.abspath(name): name for name in reversed(expanded)}.values())[::-1]
+
+
+def is_glob(name: str) -> bool:
+    """Whether a name stands for what it finds."""
+    return glob.has_magic(name) and not os.path.lexists(name)
+
+
+def made_by_lrq(name: str) -> bool:
+    """Whether a checkpoint's metadata say that lrq wrote it; False of what can't be read."""
+    try:
+        path = find_source(name).files[0]
+        with path.open("rb") as file:
+            return PROVENANCE in read_header(file, path)[0].metadata
+    except (InputError, OSError):
+        return False
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -112,7 +134,8 @@ def _of_shards(paths: Sequence[Path]) -> Source:
 
 
 def _of_file(path: Path) -> Source:
-    return Source(path, path.with_name(path.name.removesuffix(ENDING) or path.name), (path,))
+    ending = next((ending for ending in _ENDINGS if path.name.endswith(ending)), "")
+    return Source(path, path.with_name(path.name.removesuffix(ending) or path.name), (path,))
 
 
 def _of_index(path: Path) -> Source:
@@ -145,6 +168,13 @@ def _check_name(index: Path, name: str) -> None:
     )
     if outside or not name or "\0" in name:
         raise InputError(f"{index}: names {printable(name)!r}, which is not in its folder")
+    if not is_unicode(name):
+        raise InputError(f"{index}: names '{printable(name)}', which is not valid Unicode; correct the index")
+    if name.endswith(PICKLES):
+        raise InputError(
+            f"{index}: names {printable(name)!r}, which is not a {ENDING} file but a PyTorch file, which can run code "
+            f"when it is loaded; save the shards as {ENDING} first"
+        )
     if not name.endswith(ENDING):
         raise InputError(f"{index}: names {printable(name)!r}, which is not a {ENDING} file")
     if (index.parent / name).exists() and not (index.parent / name).is_file():
@@ -161,13 +191,25 @@ def _in_folder(folder: Path) -> Source:
     if not indexes and len(files) == 1:
         return _named_after(folder, _of_file(files[0]))
     if indexes or files:
-        names = ", ".join(printable(path.name) for path in (indexes + files)[:4])
-        raise InputError(f"{folder}: is a folder of several checkpoints ({names}, ...); name one")
+        raise InputError(f"{folder}: is a folder of several checkpoints ({_listed(indexes + files)}); name one")
     for component in COMPONENTS:
         if (folder / "model_index.json").is_file() and (folder / component).is_dir():
             # Beside the pipeline: in it, the output would be taken for its checkpoint.
             return _named_after(folder, _in_folder(folder / component))
+    pickles = sorted(path for path in folder.iterdir() if path.name.endswith(PICKLES) and path.is_file())
+    pickle_indexes = sorted(path for ending in PICKLES for path in folder.glob(f"*{ending}.index.json"))
+    if len(pickle_indexes) == 1:
+        return _of_index(pickle_indexes[0])
+    if len(pickles) == 1:
+        return _named_after(folder, _of_file(pickles[0]))
+    if pickles:
+        raise InputError(f"{folder}: is a folder of several PyTorch files ({_listed(pickles)}); name one")
     raise InputError(f"{folder}: is a folder without a .safetensors file; name a checkpoint")
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    """The names of the first four."""
+    return ", ".join([*(printable(path.name) for path in paths[:4]), *(["..."] if len(paths) > 4 else [])])
 
 
 def _named_after(folder: Path, source: Source) -> Source:

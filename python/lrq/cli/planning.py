@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +18,11 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from lrq.checkpoint import disk
 from lrq.checkpoint.header import paused_collection
+from lrq.checkpoint.layout import partial_of
 from lrq.checkpoint.reader import Reader
-from lrq.checkpoint.sources import expand
+from lrq.cli.batch import expand_new
 from lrq.cli.options import given_settings
 from lrq.cli.progress import budget_line, model_line, sized
 from lrq.cli.tables import console
@@ -63,7 +67,7 @@ def dry_run(
     sources: Sequence[str], conversion: Conversion, execution: Execution, device: str, what: str, output: str | None
 ) -> None:
     """Print the plan of every source, or write the template of a layer-config."""
-    names = expand(sources)
+    names = expand_new(sources)
     if what == "plan":
         for name in names:
             print_plan(name, conversion, execution, device)
@@ -78,8 +82,26 @@ def dry_run(
     if path.exists():
         raise InputError(f"{path}: exists; name another file with -o")
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(spec)}" for key, spec in table.items())
-    path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    _write_whole(path, f"{{\n{lines}\n}}\n".encode())
     click.echo(f"{printable(str(path))}: {len(table)} rules; edit them, and give it to --layer-config", err=True)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """The file appears when it is whole."""
+    partial = partial_of(path)
+    try:
+        fd = disk.open_to_write(partial, os.O_TRUNC)
+        try:
+            disk.write_at(fd, memoryview(data), 0)
+        finally:
+            os.close(fd)
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
+            raise InputError(f"{path}: can't be written: {error.strerror}") from None
+        raise
 
 
 def print_plan(

@@ -149,6 +149,8 @@ def find_preset(name: str | dict[str, Any]) -> Preset:
     """A preset by name or flag, or from the table of a file; raises :class:`InputError` naming the nearest."""
     if isinstance(name, dict):
         return read_preset(str(name.get("name", "file")), {key: name[key] for key in name if key != "name"})
+    if not isinstance(name, str):
+        raise InputError(f"--preset: must be a name or a table, is {printable(str(name))}")
     if name in by_flag():
         return by_flag()[name]
     near = difflib.get_close_matches(name, by_flag(), 1)

@@ -129,6 +129,8 @@ BAD = {
     "no map": ("{}", "no weight_map"),
     "numbers": ('{"weight_map": {"a": 1}}', "no weight_map"),
     "a pickle": ('{"weight_map": {"a": "model.bin"}}', "is not a .safetensors file"),
+    "PyTorch": ('{"weight_map": {"a": "model.bin"}}', "can run code when it is loaded; save the shards as"),
+    "a surrogate": ('{"weight_map": {"a": "\\ud800.safetensors"}}', "not valid Unicode"),
     "missing": ('{"weight_map": {"a": "gone.safetensors"}}', "can't be opened"),
     "elsewhere": ('{"weight_map": {"a\\u001b": "model-00001-of-00003.safetensors"}}', r"tensor a\x1b is not in"),
     "a folder": ('{"weight_map": {"a": "folder.safetensors"}}', "which is not a file"),
@@ -141,9 +143,10 @@ def test_a_bad_index_is_one_line(tmp_path, name):
     index = shards(tmp_path)
     (tmp_path / "folder.safetensors").mkdir()
     index.write_text(text)
-    result = run("convert", "-i", index, "--simple")
-    (line,) = result.stderr.splitlines()
-    assert result.exit_code == 2 and words in line and line.isprintable()
+    for args in (("convert", "-i", index, "--simple"), ("plan", index)):
+        result = run(*args)
+        (line,) = result.stderr.splitlines()
+        assert result.exit_code == 2 and words in line and line.isprintable()
 
 
 def test_tensors_twice_or_unnamed_are_refused(tmp_path):
@@ -166,6 +169,39 @@ def test_folders_that_hold_none_or_several_are_refused(tmp_path):
         Reader(tmp_path)
     with pytest.raises(InputError, match="finds 2 checkpoints"):
         Reader(tmp_path / "*.safetensors")
+
+
+def test_a_list_of_four_checkpoints_is_whole(tmp_path):
+    for name in "abcd":
+        save(tmp_path / f"{name}.safetensors", {"x": normal(2)})
+    with pytest.raises(InputError, match=r"\(a\.safetensors, .*, d\.safetensors\); name one"):
+        Reader(tmp_path)
+    save(tmp_path / "e.safetensors", {"x": normal(2)})
+    with pytest.raises(InputError, match=r"d\.safetensors, \.\.\.\); name one"):
+        Reader(tmp_path)
+
+
+def test_a_folder_of_one_pytorch_file_is_that_file(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save(transformer(), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text("{}")
+    assert same(folder)
+    assert quantize(folder, **FLAGS).output == tmp_path / "model-nvfp4.safetensors"
+    torch.save({}, folder / "optimizer.pt")
+    with pytest.raises(InputError, match=r"several PyTorch files \(optimizer\.pt, pytorch_model\.bin\); name one"):
+        Reader(folder)
+    change(folder / "pytorch_model.bin.index.json", {"a": "pytorch_model.bin"})
+    with pytest.raises(InputError, match="can run code when it is loaded"):
+        Reader(folder)
+    save(folder / "model.safetensors", transformer())
+    assert same(folder)
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "n" * 300 + ".safetensors", "n" * 300 + ".bin"])
+def test_a_name_too_long_is_one_line(tmp_path, name):
+    with pytest.raises(InputError, match="can't be opened: File name too long"):
+        Reader(tmp_path / name)
 
 
 def test_a_glob_of_incomplete_shards_is_many_files(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from importlib import resources
@@ -9,6 +10,7 @@ from importlib import resources
 import pytest
 
 import inventories
+from checkpoints import run, save, transformer
 from lrq.config import Conversion
 from lrq.errors import InputError
 from lrq.formats import FORMATS
@@ -160,3 +162,14 @@ def test_patterns_anchor_and_count():
     assert patterns.finds("a.norm1") and not patterns.finds("a.norm1.linear")
     assert patterns.finds("blocks.0.mod.1") and not patterns.finds("blocks.10.mod.1")
     assert patterns.has_numbered and not patterns.finds_kind("blocks.#.mod.1")
+
+
+@pytest.mark.parametrize("given", ["5", '["none"]', "null", "true", '{"keep": 5}', '{"about": "x", "flags": [[]]}'])
+def test_a_preset_of_a_plan_that_is_none_is_one_line(tmp_path, given):
+    source = save(tmp_path / "in.safetensors", transformer())
+    table = json.loads(run("plan", source, "--simple", "--json").stdout)
+    table["settings"]["preset"] = [json.loads(given)]
+    (tmp_path / "plan.json").write_text(json.dumps(table))
+    result = run("convert", "-i", source, "-o", tmp_path / "out", "--plan", tmp_path / "plan.json")
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and line.startswith("error: ") and "preset" in line
