@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lrq.calibration import Collector, collect
+from lrq.calibration.stats import load_stats
+from lrq.errors import InputError
 
 SECOND_MOMENTS = {"whole": {}, "leading directions": {"gram_limit": 0}, "diagonal": {"gram_limit": 0, "rank": 0}}
 """What is kept of the second moments, and options of the collector: whole matrices take most memory."""
@@ -71,8 +73,20 @@ class SaveStatistics:
         }
 
     def save(self, inputs: Collector, samples: Any, path: str) -> tuple[Any]:
-        """Write the file into ComfyUI's output folder, or where an absolute path says."""
-        inputs.save(_output_folder() / path, source="ComfyUI")
+        """Write the file into ComfyUI's output folder, or a folder in it; a workflow of others can't aim elsewhere.
+
+        Raises:
+            InputError: a path that leads out of it, or a file there that holds no statistics.
+        """
+        folder = _output_folder().resolve()
+        target = (folder / path).resolve()
+        if not target.is_relative_to(folder) or target == folder:
+            raise InputError(f"{path}: is not in ComfyUI's output folder; name a file in it")
+        if target.exists():
+            # Raises for what lrq calibrate would not read.
+            load_stats(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        inputs.save(target, source="ComfyUI")
         return (samples,)
 
 

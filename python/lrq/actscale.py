@@ -58,6 +58,8 @@ def patch_input_scales(
         InputError: a file that can't be read, or no layer that gets a scale.
     """
     path = target_of(output)
+    if not 0 < percentile <= 100:
+        raise InputError(f"--actcal_percentile {percentile}: must be over 0, at most 100")
     with Reader(source) as reader:
         check_targets([path], [*reader.files, calib, input_scales])
         largest = _able(reader)
@@ -147,6 +149,7 @@ def _provenance(reader: Reader, scales: Mapping[str, float]) -> str:
         entry: Any = json.loads(reader.header.metadata.get(PROVENANCE, "{}"))
         known = entry.get(CALIBRATION, {})
         before = known.get("input_scales", [])
-        return json.dumps({**entry, CALIBRATION: {**known, "input_scales": sorted({*before, *scales})}})
+        patched = {"patched_scales": sorted({*known.get("patched_scales", []), *scales})}
+        return json.dumps({**entry, CALIBRATION: {**known, "input_scales": sorted({*before, *scales}), **patched}})
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return json.dumps({CALIBRATION: {"input_scales": sorted(scales)}})
+        return json.dumps({CALIBRATION: {"input_scales": sorted(scales), "patched_scales": sorted(scales)}})

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lrq.calibration.collect import collect
+from lrq.calibration.hf import load_text_model
 from lrq.calibration.simulate import TOKENS
 from lrq.calibration.stats import SIMULATED, save_stats
+from lrq.checkpoint.header import Entry
 from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.target import check_targets, target_of
 from lrq.errors import InputError, counted, printable
@@ -22,8 +23,6 @@ from lrq.selection.simulated import NORMS, SimulatedInputs
 
 BATCH = 16
 """Texts that run together."""
-LONGEST = 512
-"""Tokens of a text at most."""
 FEW = 3
 
 
@@ -61,23 +60,29 @@ def calibrate(
     lines = _lines(Path(texts))
     with Reader(folder) as reader:
         keys = [entry.name for entry in reader.entries.values() if entry.name.endswith(SUFFIX)]
-    model, tokenizer = _load(Path(folder), torch.device(device))
-    longest = min(LONGEST, int(getattr(model.config, "max_position_embeddings", LONGEST) or LONGEST))
-    tokens = 0
-    with collect(model, keys=keys) as inputs, torch.inference_mode():
-        while (max_tokens is None or tokens < max_tokens) and (some := list(islice(lines, BATCH))):
-            batch = tokenizer(some, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
+        experts = [entry.name.removesuffix(SUFFIX) for entry in reader.entries.values() if _is_expert(entry)]
+    text = load_text_model(Path(folder), device)
+    tokens, together = 0, BATCH if text.pads else 1
+    with collect(text.model, keys=text.keys(keys)) as inputs, torch.inference_mode():
+        while (max_tokens is None or tokens < max_tokens) and (some := list(islice(lines, together))):
+            batch = text.encode(some, device)
             mask = batch["attention_mask"].bool()
             if max_tokens is not None:
                 mask &= mask.flatten().cumsum(0).view_as(mask) <= max_tokens - tokens
             inputs.mask = mask
-            model(**batch)
+            text.run(batch)
             tokens += int(mask.sum())
             on_batch(tokens)
     inputs.save(target, model=Path(folder).resolve().name, tokens=str(tokens))
     notices = [f"modules were matched {inputs.rule}"] if inputs.rule.strip or inputs.rule.add else []
     notices += _listed("not in the checkpoint:", inputs.unmatched) + _listed("saw no input:", inputs.unseen)
+    blind = sorted(set(experts) - set(inputs.stats()))
+    notices += _listed("of experts, which transformers runs together, have no statistics:", blind)
     return Calibrated(target, len(inputs.stats()), tokens, notices)
+
+
+def _is_expert(entry: Entry) -> bool:
+    return "experts." in entry.name and len(entry.shape) in (2, 3)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -90,27 +95,6 @@ def _lines(path: Path) -> Iterator[str]:
     if not lines:
         raise InputError(f"{path}: holds no text; it must have one a line")
     return iter(lines)
-
-
-def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("--hf: needs transformers: pip install transformers tokenizers") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        causal = any(name.endswith("ForCausalLM") for name in config.architectures or ())
-        kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model: Any = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{folder}: no text model that transformers loads: {printable(reason)}") from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
 
 
 def simulate(

@@ -1,5 +1,9 @@
 """The errors a user can cause or meet, and words for what is shown."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 class InputError(ValueError):
     """Bad input: the message is one line that says what, where and what to do."""
@@ -17,3 +21,8 @@ def printable(name: str) -> str:
 def counted(count: int, noun: str) -> str:
     """``1 layer``, ``2 layers``."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def unread(path: Path) -> str:
+    """Why a file can't be opened, where a library does not say."""
+    return "no permission" if path.exists() else "no such file"

@@ -15,6 +15,7 @@ from torch import nn
 
 from checkpoints import convert, load, normal, same_bytes, save
 from lrq.calibration import load_stats
+from lrq.errors import InputError
 
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
 
@@ -123,3 +124,20 @@ def test_another_wrapper_goes_on_working(nodes: Any) -> None:
     assert torch.equal(sampled(patched, normal(1, 4, 32), normal(1, 4, 32)), 2 * plain)
     assert calls == [[0]] and inputs.tokens == 4
     assert model.model_options["model_function_wrapper"] is other
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("../elsewhere.safetensors", "is not in ComfyUI's output folder"),
+        ("/tmp/elsewhere.safetensors", "is not in ComfyUI's output folder"),
+        ("", "is not in ComfyUI's output folder"),
+        ("model.safetensors", "holds no input statistics"),
+    ],
+)
+def test_a_workflow_can_aim_at_no_other_file(nodes: Any, tmp_path: Path, path: str, words: str) -> None:
+    checkpoint = save(tmp_path / "model.safetensors", {"a.weight": normal(8, 8)})
+    before = checkpoint.read_bytes()
+    with pytest.raises(InputError, match=words):
+        nodes.NODE_CLASS_MAPPINGS["LrqSaveStatistics"]().save(None, None, path)
+    assert checkpoint.read_bytes() == before

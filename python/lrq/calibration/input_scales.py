@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from lrq.calibration.inputs import InputStats
-from lrq.errors import InputError, printable
+from lrq.errors import InputError, printable, unread
 
 SUFFIX = ".input_scale"
 SMALLEST, LARGEST = 2.0**-126, 2.0**127
@@ -49,13 +50,23 @@ def read_input_scales(path: str | os.PathLike[str]) -> dict[str, float]:
 
 def _from_json(file: Path) -> dict[str, float]:
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
+        table = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except OSError as error:
         raise InputError(f"{file}: can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: is not JSON: {error}") from None
+    if isinstance(table, dict) and "weight_map" in table:
+        raise InputError(f"{file}: is an index of shards; name the shard that holds the input scales")
     if not isinstance(table, dict):
         raise InputError(f"{file}: must be a JSON object of input scales by layer")
+    return table
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{printable(next(name for name in names if names.count(name) > 1))} is there twice")
     return table
 
 
@@ -67,9 +78,12 @@ def _from_checkpoint(file: Path) -> dict[str, float]:
                 tensor = source.get_tensor(name)
                 if tensor.numel() != 1:
                     raise InputError(f"{file}: tensor {printable(name)} must hold one number, is {list(tensor.shape)}")
-                found[name] = float(tensor.float().item())
+                try:
+                    found[name] = float(tensor.float().item())
+                except (NotImplementedError, RuntimeError):
+                    raise InputError(f"{file}: tensor {printable(name)} must be a float, is {tensor.dtype}") from None
     except OSError as error:
-        what = "is a folder" if file.is_dir() else f"can't be read: {error.strerror or 'no such file'}"
+        what = "is a folder" if file.is_dir() else f"can't be read: {error.strerror or unread(file)}"
         raise InputError(f"{file}: {what}") from None
     except SafetensorError as error:
         raise InputError(f"{file}: neither a .json nor a safetensors file: {printable(str(error))}") from None

@@ -59,7 +59,7 @@ def with_directions(stats: InputStats, a: Tensor) -> InputStats:
     Raises:
         ValueError: A has another K, or is not finite.
     """
-    if a.dim() != 2 or a.shape[1] != stats.columns:
+    if a.dim() != 2 or not a.shape[0] or a.shape[1] != stats.columns:
         raise ValueError(f"A must be [r,{stats.columns}], is {list(a.shape)}")
     if not torch.isfinite(a).all():
         raise ValueError("A is not finite")

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from lrq.calibration.accumulator import Accumulator
 from lrq.calibration.inputs import BINS, InputStats, merge
-from lrq.errors import InputError, printable
+from lrq.errors import InputError, printable, unread
 
 __all__ = ["Accumulator", "InputStats", "StatsFile", "load_stats", "merge", "merge_stats", "save_stats"]
 
@@ -56,12 +57,17 @@ def save_stats(path: str | os.PathLike[str], stats: Mapping[str, InputStats], or
     tensors: dict[str, Tensor] = {}
     for layer, one in stats.items():
         tensors |= {f"{layer}.{suffix}": tensor.contiguous().clone() for suffix, tensor in _tensors(one).items()}
-    target, unfinished = Path(path), Path(f"{os.fspath(path)}.partial")
+    target = Path(path)
+    # No name of a conversion's, which may be under way.
+    unfinished = target.with_name(f".lrq-stats-{uuid.uuid4().hex}")
     if target.exists() and not target.is_file():
         raise InputError(f"{path}: is a folder, a device or a pipe; name a file")
+    about = {key: "\n".join(map(printable, value.split("\n"))) for key, value in about.items()}
     try:
         save_file(tensors, unfinished, {**about, "lrq_stats": VERSION, "origin": origin})
         _sort_metadata(unfinished)
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
         os.chmod(unfinished, 0o666 & ~_umask())
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
@@ -149,7 +155,7 @@ class StatsFile(Mapping[str, InputStats]):
             return call()
         except OSError as error:
             # The library's own errors have no strerror.
-            what = "is a folder" if self.path.is_dir() else f"can't be read: {error.strerror or 'no such file'}"
+            what = "is a folder" if self.path.is_dir() else f"can't be read: {error.strerror or unread(self.path)}"
             raise InputError(f"{self.path}: {what}") from None
         except SafetensorError as error:
             raise InputError(f"{self.path}: no safetensors file: {printable(str(error))}") from None
@@ -254,14 +260,17 @@ def load_stats(path: str | os.PathLike[str]) -> StatsFile:
 
 
 def merge_stats(*samples: Mapping[str, InputStats]) -> dict[str, InputStats]:
-    """Statistics of several runs together, by layer.
+    """Statistics of several runs together, by layer; without layers that a file says are stored transposed.
 
     Raises:
-        InputError: a layer has another K there.
+        InputError: a layer has another K there, or some are measured and others simulated.
     """
     merged: dict[str, InputStats] = {}
+    if len({getattr(sample, "origin", None) for sample in samples} - {None}) > 1:
+        raise InputError("statistics of real inputs and simulated ones can't be merged; merge the measured ones alone")
     for sample in samples:
-        for layer, one in sample.items():
+        left_out = set(getattr(sample, "transposed", ()))
+        for layer, one in ((layer, one) for layer, one in sample.items() if layer not in left_out):
             try:
                 merged[layer] = merge(merged[layer], one) if layer in merged else one
             except ValueError as error:

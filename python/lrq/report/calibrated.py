@@ -42,6 +42,9 @@ class Changes:
     measured: frozenset[str] = frozenset()
     """Statistics of their inputs were there: if they were not rounded simply, codes and block scales follow those."""
 
+    patched: frozenset[str] = frozenset()
+    """Their input scale was given afterwards, by whatever ``lrq actscale`` was told."""
+
     @property
     def tensors(self) -> frozenset[str]:
         """Names of all tensors that are not the source's."""
@@ -79,7 +82,7 @@ def recorded_changes(output: Reader) -> Changes:
     """What the file records; nothing where it records nothing that can be read."""
     try:
         entry = json.loads(output.header.metadata[PROVENANCE])[CALIBRATION]
-        keys = ("corrected_biases", "added_biases", "input_scales", "measured_layers")
+        keys = ("corrected_biases", "added_biases", "input_scales", "measured_layers", "patched_scales")
         return Changes(*(frozenset(map(str, entry.get(key, ()))) for key in keys))
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return Changes()
@@ -150,7 +153,7 @@ class Predictions:
             self._check_bias(name, fmt, tensors, w, source, stats)
         limit, scale = comfyui.largest_input(fmt, tuple(w.shape)), f"{name}.{comfyui.INPUT_SCALE}"
         made = self._made.actcal and self._made.input_scales is None and scale in self._output.entries
-        if made and limit is not None:
+        if made and name not in self._changes.patched and limit is not None:
             found, expected = self._output.read(scale), input_scale(stats, self._made.actcal_percentile, limit)
             if found.numel() == 1 and abs(found.item() - expected) > ROUNDING * expected:
                 raise ValueError(f"{comfyui.INPUT_SCALE} is {found.item():.6g}, the statistics give {expected:.6g}")

@@ -92,6 +92,8 @@ class Moments:
             rest = rest + factor[:, count:].square().sum(1)
             return self._fmt.prepare(kept.mT.contiguous()).mT, rest.mean()
         values, vectors = torch.linalg.eigh(self.matrix())
+        if values[0] < -DAMPING:
+            raise UnfitStatisticsError("E[xx'] has a negative eigenvalue")
         values, vectors = values.clamp(min=0), vectors[:, -count:]
         rest = values[:-count].mean() if count < len(values) else values.new_zeros(())
         return vectors * (values[-count:] - rest).clamp(min=0).sqrt(), rest

@@ -79,6 +79,11 @@ def _match(inputs: Inputs, layers: Sequence[Layer], stats: StatsFile | Simulated
     inputs.names, rule = match_names(usable, shapes.keys())
     if layers and not stats and isinstance(stats, SimulatedInputs):
         raise InputError(f"--simulate: no layer of {where} stands behind a norm with gains; gaussian asks for no norm")
+    if layers and not usable and stats.transposed:
+        raise InputError(
+            f"{stats.path}: its {counted(len(stats.transposed), 'layer')} are stored as [K,N] (Conv1D), which "
+            "statistics are not used for yet; convert without them"
+        )
     if layers and not inputs.names:
         raise InputError(
             f"{stats.path}: has {printable(next(iter(stats), 'nothing'))}, ..., but no layer that is quantized in "

@@ -168,3 +168,32 @@ def test_nothing_to_patch_is_one_line(tmp_path: Path, source: Path, stats: Path)
     same = run("actscale", tmp_path / "fp8.safetensors", "--calib", stats, "-o", tmp_path / "fp8.safetensors")
     assert same.exit_code == 2 and "same file" in same.output
     assert lrq.verify(tmp_path / "fp8.safetensors", source).ok
+
+
+def test_a_scale_that_was_patched_in_is_not_held_against_the_statistics(tmp_path, source, stats) -> None:
+    output, patched = tmp_path / "out.safetensors", tmp_path / "patched.safetensors"
+    convert(source, output, "--calib", stats, "--actcal", "--simple")
+    assert run("actscale", output, "--calib", stats, "--actcal_percentile", "90", "-o", patched).exit_code == 0
+    for file in (output, patched):
+        assert run("verify", file, "--source", source, "--calib", stats).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "word"),
+    [
+        ("x.json", '{"weight_map": {}}', "is an index of shards"),
+        ("x.json", '{"a": 1, "a": 2}', "a is there twice"),
+    ],
+)
+def test_a_file_of_scales_that_is_none_is_one_line(tmp_path, source, name, text, word) -> None:
+    (tmp_path / name).write_text(text)
+    result = run("convert", "-i", source, "-o", tmp_path / "o", "--simple", "--input_scales", tmp_path / name)
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and word in line
+
+
+def test_a_percentile_that_is_no_number_is_refused(tmp_path, source, stats) -> None:
+    output = tmp_path / "out.safetensors"
+    convert(source, output, "--simple")
+    result = run("actscale", output, "--calib", stats, "--actcal_percentile", "nan", "-o", tmp_path / "p")
+    assert result.exit_code == 2 and "must be over 0" in result.stderr

@@ -266,3 +266,12 @@ def test_layers_without_weights_and_long_numbers_do_no_harm(tmp_path: Path) -> N
     for kind in ("norms", "gaussian"):
         result = run("calibrate", "--simulate", source, "--inputs", kind, "-o", tmp_path / "s.safetensors")
         assert result.exit_code == 0, result.output
+
+
+def test_a_lora_without_rows_is_one_line(tmp_path: Path) -> None:
+    source = save(tmp_path / "in", {"a.weight": normal(64, 64)})
+    lora = save(tmp_path / "lora", {"a.lora_A.weight": torch.zeros(0, 64), "a.lora_B.weight": torch.zeros(64, 0)})
+    flags = ("--simple", "--nvfp4", "--simulate", "gaussian", "--actcal_lora", lora)
+    result = run("convert", "-i", source, "-o", tmp_path / "o", *flags)
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and "A must be [r,64], is [0, 64]" in line

@@ -12,6 +12,7 @@ import lrq
 from checkpoints import normal, run, save
 from lrq.calibration.inputs import BINS, bin_edge, magnitude_bins, merge
 from lrq.calibration.stats import Accumulator, load_stats, merge_stats, save_stats
+from lrq.errors import InputError
 from measured import inputs, save_for, statistics
 
 
@@ -157,3 +158,28 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path, layers: dict[st
         result = run(*command, "--calib", path)
         (line,) = result.stderr.splitlines()
         assert result.exit_code == 2 and word in line and "another model" in line
+
+
+def test_merged_files_leave_out_what_is_transposed_and_mix_no_origins(tmp_path: Path) -> None:
+    stats = {name: statistics(inputs(40, 8)) for name in ("a", "b")}
+    for name, origin, about in (("one", "measured", {"transposed": "b"}), ("guess", "simulated", {})):
+        save_stats(tmp_path / name, stats, origin, **about)
+    one, guess = (load_stats(tmp_path / name) for name in ("one", "guess"))
+    assert merge_stats(one, one).keys() == {"a"}
+    with pytest.raises(InputError, match="can't be merged"):
+        merge_stats(one, guess)
+
+
+def test_a_conversion_that_is_under_way_keeps_its_files(tmp_path: Path) -> None:
+    partial = tmp_path / "stats.safetensors.partial"
+    partial.write_bytes(b"a conversion's")
+    save_for(tmp_path / "stats.safetensors", {"a": inputs(40, 8)})
+    assert partial.read_bytes() == b"a conversion's" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_that_is_replaced_meanwhile_is_refused(tmp_path: Path) -> None:
+    save_for(tmp_path / "stats", {"a": inputs(40, 8)})
+    stats = load_stats(tmp_path / "stats")
+    save_for(tmp_path / "stats", {"a": inputs(41, 8)})
+    with pytest.raises(InputError, match="changed while it was in use"):
+        stats["a"]
