@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from lrq.checkpoint.header import tensor_size
 from lrq.checkpoint.reader import CODES
 from lrq.config import Rounding
@@ -26,6 +28,8 @@ SECOND_MOMENTS = 40
 """Bytes of an element of E[xx'], while it is factored in float64."""
 TRIED = 24 << 20
 """Bytes of the blocks whose scales are tried at a time."""
+WIDE, WIDE_ROW = 1 << 16, 40
+"""Columns beyond which the float32 copies of a row that kernels work on count, and their bytes a column and thread."""
 SMALL = 1 << 20
 """Bytes that every layer needs besides its tensors."""
 
@@ -86,6 +90,8 @@ class Tile:
         widened = 4 * math.prod(self.shape) if self.layer.source.dtype == "F64" else 0
         # What the codes and the nearest ones stand for, and what they are multiplied into; when it is rounded.
         absorbing = ABSORBING * math.prod(self.shape) if statistics else 0
+        rows, columns = math.prod(self.shape[:-1]), self.shape[-1]
+        widened += WIDE_ROW * max(0, columns - WIDE) * min(rows, torch.get_num_threads())
         return widened + statistics + max(absorbing, self._rounding_work(self.layer.rounding(rounding))) + SMALL
 
     def _rounding_work(self, own: Rounding) -> int:

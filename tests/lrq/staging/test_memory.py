@@ -109,6 +109,13 @@ def test_statistics_leave_the_memory_with_their_layer(tmp_path):
     assert measured <= predicted
 
 
+@pytest.mark.parametrize("fmt", ["--nvfp4", "--mxfp8"])
+def test_very_wide_rows_are_known_to_take_more(tmp_path, fmt):
+    source = save(tmp_path / "in.safetensors", {"wide.weight": normal(2, 2_000_000).bfloat16()})
+    measured, predicted = peaks(source, tmp_path / "out.safetensors", "--simple", fmt)
+    assert measured <= predicted
+
+
 def test_of_many_small_layers_few_are_remembered(tmp_path, monkeypatch):
     begun: list[int] = []
     real = Conveyor.finish
