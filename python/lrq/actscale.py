@@ -22,10 +22,9 @@ from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.target import check_targets, target_of
 from lrq.checkpoint.writer import Writer
 from lrq.dialects import comfyui
-from lrq.errors import InputError, printable
+from lrq.errors import InputError, listed, printable
 from lrq.plan import CALIBRATION, source_markers
 
-FEW = 3
 _Able = tuple[float, Callable[[int], bool]]
 """What the largest input is scaled to, and whether a layer may have so many inputs."""
 
@@ -72,8 +71,7 @@ def patch_input_scales(
             )
         missing = sorted(largest.keys() - scales.keys())
         if missing:
-            more = f" and {len(missing) - FEW} more" if len(missing) > FEW else ""
-            notices.append(f"no input scale for {', '.join(map(printable, missing[:FEW]))}{more}")
+            notices.append(f"no input scale for {listed(missing)}")
         _write(reader, path, scales)
     return Patched(path, scales, notices)
 

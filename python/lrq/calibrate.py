@@ -17,13 +17,12 @@ from lrq.calibration.stats import SIMULATED, save_stats
 from lrq.checkpoint.header import Entry
 from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.target import check_targets, target_of
-from lrq.errors import InputError, counted, printable
+from lrq.errors import InputError, counted, listed
 from lrq.models.policy import SUFFIX
 from lrq.selection.simulated import NORMS, SimulatedInputs
 
 BATCH = 16
 """Texts that run together."""
-FEW = 3
 
 
 @dataclass(frozen=True)
@@ -134,5 +133,4 @@ def simulate(
 def _listed(what: str, names: list[str]) -> list[str]:
     if not names:
         return []
-    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
-    return [f"{counted(len(names), 'layer')} {what} {', '.join(map(printable, names[:FEW]))}{more}"]
+    return [f"{counted(len(names), 'layer')} {what} {listed(names)}"]

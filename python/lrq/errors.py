@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
+
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")
+_FEW = 3
+"""Names that are listed one by one."""
 
 
 class InputError(ValueError):
@@ -21,6 +29,31 @@ def printable(name: str) -> str:
 def counted(count: int, noun: str) -> str:
     """``1 layer``, ``2 layers``."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Collection[str]) -> str:
+    """``a, b, c and 2 more``, in order."""
+    shown = sorted(map(printable, names))
+    more = f" and {len(shown) - _FEW} more" if len(shown) > _FEW else ""
+    return f"{', '.join(shown[:_FEW])}{more}"
+
+
+def unstyled(message: str) -> str:
+    """A library's message without the colours of a terminal."""
+    return _STYLE.sub("", message)
+
+
+def first_duplicate(names: Iterable[str]) -> str:
+    """The name that most of ``names`` are."""
+    return Counter(names).most_common(1)[0][0]
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For :func:`json.loads`, whose last value of a key would win; raises ValueError for a key that is there twice."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError(f"duplicate key {printable(first_duplicate(name for name, _ in pairs))!r}")
+    return table
 
 
 def unread(path: Path) -> str:

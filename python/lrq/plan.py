@@ -6,12 +6,12 @@ import json
 from collections.abc import Container
 from dataclasses import dataclass
 
-from lrq.checkpoint.header import Entry, Header, first_duplicate, lay_out, paused_collection
+from lrq.checkpoint.header import Entry, Header, lay_out, paused_collection
 from lrq.checkpoint.layout import PROVENANCE
 from lrq.checkpoint.reader import CODES, Reader
 from lrq.config import Conversion
 from lrq.dialects import comfyui
-from lrq.errors import InputError, printable
+from lrq.errors import InputError, first_duplicate, printable
 from lrq.formats import Shape
 from lrq.models.policy import FLOAT_DTYPES, SUFFIX
 from lrq.models.recognition import Part

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrq.errors import InputError, printable
+from lrq.errors import InputError, listed, printable, unstyled
 
 LONGEST = 512
 """Tokens of a text at most."""
-FEW = 3
 TEXT_PARTS = {
     "clip": ("CLIPTextModel", "text_model."),
     "siglip": ("SiglipTextModel", "text_model."),
@@ -26,7 +25,6 @@ TEXT_PARTS = {
 """By the type of a model of images and texts: the class of its text model, and where that is in the checkpoint."""
 HEADS = re.compile(r"(?:\w+\.)?(?:pooler|lm_head|classifier|score|qa_outputs|cls|embed_out|text_projection)\.")
 """What stands behind the last layer: whatever its weights are, no input hangs on them."""
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,8 @@ def _check_weights(folder: Path, model: Any, part: Any, info: dict[str, Any]) ->
         raise InputError(f"{folder}: {shapes}; they are of different models")
     missing = sorted(name for name in info["missing_keys"] if name in used and not HEADS.match(name))
     if missing:
-        more = f" and {len(missing) - FEW} more" if len(missing) > FEW else ""
         raise InputError(
-            f"{folder}: the checkpoint has no {', '.join(map(printable, missing[:FEW]))}{more}, which the model of "
+            f"{folder}: the checkpoint has no {listed(missing)}, which the model of "
             "config.json runs with; inputs can't be measured without them"
         )
     for message in info["error_msgs"]:
@@ -158,5 +155,5 @@ def _one_line(what: str) -> Iterator[None]:
 
 def first_line(message: str) -> str:
     """Of a library's message, without colours; where it only announces the next line, with that."""
-    lines = [" ".join(line.split()) for line in COLOURS.sub("", message).splitlines() if line.strip()]
+    lines = [" ".join(line.split()) for line in unstyled(message).splitlines() if line.strip()]
     return printable(" ".join(lines[: 2 if lines[0].endswith(":") else 1])) if lines else ""

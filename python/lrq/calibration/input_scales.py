@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from lrq.calibration.inputs import InputStats
-from lrq.errors import InputError, printable, unread
+from lrq.errors import InputError, printable, unique_keys, unread
 
 SUFFIX = ".input_scale"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SMALLEST, LARGEST = 2.0**-126, 2.0**127
 """What float32 holds as a normal number."""
 
@@ -50,7 +51,7 @@ def read_input_scales(path: str | os.PathLike[str]) -> dict[str, float]:
 
 def _from_json(file: Path) -> dict[str, float]:
     try:
-        table = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        table = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except OSError as error:
         raise InputError(f"{file}: can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -62,14 +63,6 @@ def _from_json(file: Path) -> dict[str, float]:
     return table
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{printable(next(name for name in names if names.count(name) > 1))} is there twice")
-    return table
-
-
 def _from_checkpoint(file: Path) -> dict[str, float]:
     found = {}
     try:
@@ -78,10 +71,9 @@ def _from_checkpoint(file: Path) -> dict[str, float]:
                 tensor = source.get_tensor(name)
                 if tensor.numel() != 1:
                     raise InputError(f"{file}: tensor {printable(name)} must hold one number, is {list(tensor.shape)}")
-                try:
-                    found[name] = float(tensor.float().item())
-                except (NotImplementedError, RuntimeError):
-                    raise InputError(f"{file}: tensor {printable(name)} must be a float, is {tensor.dtype}") from None
+                if tensor.dtype not in FLOATS:
+                    raise InputError(f"{file}: tensor {printable(name)} must be a float, is {tensor.dtype}")
+                found[name] = float(tensor.item())
     except OSError as error:
         what = "is a folder" if file.is_dir() else f"can't be read: {error.strerror or unread(file)}"
         raise InputError(f"{file}: {what}") from None

@@ -9,8 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from lrq.errors import InputError, printable
+from lrq.errors import InputError, printable, unique_keys
 
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -180,7 +179,7 @@ def read_header(file: BinaryIO, path: Path) -> tuple[Header, bytes]:
 def parse_header(text: bytes, path: Path) -> Header:
     """The header from its JSON bytes; raises :class:`InputError`."""
     try:
-        table = json.loads(text.decode(), object_pairs_hook=_unique)
+        table = json.loads(text.decode(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a safetensors file (header is not valid JSON: {_first_line(error)})") from None
     if not isinstance(table, dict):
@@ -209,18 +208,6 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError(f"duplicate key {printable(first_duplicate(name for name, _ in pairs))!r}")
-    return table
-
-
-def first_duplicate(names: Iterable[str]) -> str:
-    """The name that most of ``names`` are."""
-    return Counter(names).most_common(1)[0][0]
 
 
 class _Where(tuple):

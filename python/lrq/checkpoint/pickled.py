@@ -17,11 +17,10 @@ import torch
 
 from lrq.checkpoint.header import METADATA, Entry, is_unicode, lay_out
 from lrq.checkpoint.reader import CODES, TORCH_DTYPES, Reader
-from lrq.errors import InputError, printable
+from lrq.errors import InputError, printable, unstyled
 
 _LOCAL_HEADER = 30
 """Bytes of a zip entry before its name; the last four are the lengths of the name and of what follows it."""
-_STYLE = re.compile(r"\x1b\[[0-9;]*m")
 _REASON = re.compile(
     r"Weights only load failed.*?(?:WeightsUnpickler error:|\n\n)\s*([^\n]+?)\.?(?: Please use |\n|$)", re.DOTALL
 )
@@ -138,7 +137,13 @@ def _places(path: Path, addresses: dict[int, int]) -> dict[int, int]:
     """
     try:
         records = _records(path)
-    except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile):
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        zipfile.BadZipFile,
+    ):  # What no zip file that torch wrote raises.
         return {}
     if len(records) != len(addresses) or not records:
         return {}
@@ -215,6 +220,6 @@ def _load_weights(path: Path, addresses: dict[int, int]) -> Any:
 
 def _reason(error: Exception) -> str:
     """What torch says, in few words."""
-    text = _STYLE.sub("", str(error)) or type(error).__name__
+    text = unstyled(str(error)) or type(error).__name__
     found = _REASON.search(text)
     return printable(textwrap.shorten(found[1] if found else text.partition("\n")[0], 160, placeholder=" ..."))

@@ -15,7 +15,7 @@ from lrq.checkpoint.header import Entry
 from lrq.checkpoint.reader import Reader
 from lrq.config.calibration import Calibration
 from lrq.dialects import comfyui
-from lrq.errors import InputError, counted, printable
+from lrq.errors import InputError, counted, listed, printable
 from lrq.selection.layer import Layer
 from lrq.selection.simulated import SimulatedInputs
 
@@ -23,8 +23,6 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of biases that can be corrected."""
 FILES = ("statistics", "given_scales")
 """Entries of the provenance that name files, by hash."""
-FEW = 3
-"""Layers that are named one by one up to this number."""
 
 
 @dataclass
@@ -157,8 +155,4 @@ def _given(inputs: Inputs, layers: Sequence[Layer], file: str) -> dict[str, floa
 
 
 def _said(what: str, names: Collection[str]) -> list[str]:
-    if not names:
-        return []
-    listed = sorted(map(printable, names))
-    more = f" and {len(listed) - FEW} more" if len(listed) > FEW else ""
-    return [f"{what} {', '.join(listed[:FEW])}{more}"]
+    return [f"{what} {listed(names)}"] if names else []

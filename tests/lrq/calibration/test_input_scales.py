@@ -182,7 +182,7 @@ def test_a_scale_that_was_patched_in_is_not_held_against_the_statistics(tmp_path
     ("name", "text", "word"),
     [
         ("x.json", '{"weight_map": {}}', "is an index of shards"),
-        ("x.json", '{"a": 1, "a": 2}', "a is there twice"),
+        ("x.json", '{"a": 1, "a": 2}', "duplicate key 'a'"),
     ],
 )
 def test_a_file_of_scales_that_is_none_is_one_line(tmp_path, source, name, text, word) -> None:
