@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from lrq.calibration.inputs import BINS
 from lrq.calibration.simulate import standard_normal
 from lrq.config import Conversion, Rounding
 from lrq.execution import Execution
@@ -24,7 +25,7 @@ DISK = 5e8
 """Bytes a second that are read and written; a guess: measuring it would touch the disk."""
 LARGE = 0.32
 """Time for one weight and direction of a large layer, in units of that of the calibration's small one."""
-DIAGONAL, WHOLE = "diagonal", "whole"
+DIAGONAL, CORRELATED = "diagonal", "correlated"
 """What statistics hold of E[xx']; both lead to another solver."""
 _SIDE, _LEARNED_SIDE = 512, 192
 """Sides of the matrices of the calibration."""
@@ -50,7 +51,8 @@ def estimate(plan: Plan, conversion: Conversion, execution: Execution, device: t
     kinds: dict[tuple[Format, Shape, bool | None, int], list[Layer]] = {}
     for layer in plan.layers:
         kinds.setdefault((layer.format, layer.source.shape, layer.simple, layer.statistics_size), []).append(layer)
-    memory = plan_memory([alike[0] for alike in kinds.values()], conversion.rounding, device, execution)
+    some = [alike[0] for alike in kinds.values()]
+    memory = plan_memory(some, conversion.rounding, device, execution, len(plan.layers))
     seconds = sum(len(alike) * _layer_seconds(alike[0], conversion.rounding, device) for alike in kinds.values())
     moved = plan.output_size + sum(layer.source.size for layer in plan.layers) + sum(e.size for e in plan.copied)
     return Estimate(memory.host, memory.vram, seconds + moved / DISK)
@@ -70,15 +72,15 @@ def _layer_seconds(layer: Layer, rounding: Rounding, device: torch.device) -> fl
 
 
 def _known(layer: Layer) -> str:
-    """What is known of a layer's inputs: nothing, mean and diagonal, or E[xx'] whole."""
+    """What is known of a layer's inputs: nothing, mean and diagonal, or more of E[xx']."""
     if not layer.statistics_size:
         return ""
-    return WHOLE if layer.statistics_size >= 8 * layer.source.shape[-1] ** 2 else DIAGONAL
+    return CORRELATED if layer.statistics_size > 8 * (2 * layer.source.shape[-1] + BINS + 2) else DIAGONAL
 
 
 def _products(rows: int, columns: int, rounding: Rounding, known: str) -> float:
     """Products a weight: with the directions or the columns behind it, a block of 128 columns, and a decomposition."""
-    if known == WHOLE:
+    if known == CORRELATED:
         return columns + 128 + columns**2 / rows / 8
     directions = min(max(rounding.top_p * min(rows, columns), rounding.min_k), rounding.max_k, rows, columns)
     return directions + 128 + min(rows, columns) / 8
@@ -99,7 +101,7 @@ def _learned_rate(fmt: Format, known: str, device: str) -> float:
     rounding, moments = Rounding(), None
     if known:
         stats = standard_normal(_LEARNED_SIDE)
-        stats = replace(stats, gram=torch.eye(_LEARNED_SIDE)) if known == WHOLE else stats
+        stats = replace(stats, gram=torch.eye(_LEARNED_SIDE)) if known == CORRELATED else stats
         moments = Moments(fmt, stats, w.device)
     return _timed(fmt, w, rounding, moments) / w.numel() / _products(_LEARNED_SIDE, _LEARNED_SIDE, rounding, known)
 

@@ -23,7 +23,7 @@ from lrq.selection.heuristics import PART, out_of_line, relative_error, widen
 from lrq.selection.inputs import Inputs
 from lrq.selection.layer import Layer
 from lrq.selection.storage import spec_of
-from lrq.staging.memory import SLACK, SPREAD
+from lrq.staging.memory import SLACK, SPREAD, megabytes
 from lrq.staging.process import resident, return_large_blocks
 
 STEP = 0.25
@@ -64,7 +64,7 @@ def check_memory(layers: Sequence[Layer], by_outputs: bool, limit: int | None) -
     if most > limit:
         raise InputError(
             f"layer {printable(layer.name)} {list(layer.source.shape)}: is measured whole, which --max_ram does not "
-            f"allow; raise it to {math.ceil((most + SPREAD) / 1e5) / 10:.1f} MB, or leave --heur, --max_error and "
+            f"allow; raise it to {megabytes(most + SPREAD)}, or leave --heur, --max_error and "
             "--target_bits away"
         )
 
@@ -86,8 +86,8 @@ def measure_layers(
         conversion = _with_family(conversion, nvfp4=True)
     plan = make_plan(source, conversion, allow_empty=selection.target_bits is not None)
     formats = {layer.name: layer.format for layer in plan.layers if not layer.asked}
-    by_outputs = selection.target_bits is not None and plan.inputs.stats is not None
-    check_memory([layer for layer in plan.layers if layer.name in formats], by_outputs, limit)
+    if selection.heur or selection.max_error is not None:
+        check_memory([layer for layer in plan.layers if layer.name in formats], False, limit)
 
     def read(name: str) -> Tensor:
         return source.read(f"{name}{SUFFIX}").to(device)
@@ -107,6 +107,7 @@ def measure_layers(
         free = _free_layers(layers, [layer for layer in wide.layers if layer.name not in changed])
         fixed = [layer for layer in layers if layer.name not in free]
         if free:
+            check_memory([layer for layer, _ in free.values()], wide.inputs.stats is not None, limit)
             bought, budget = _spend(conversion, free, fixed, read, wide.inputs)
             changed |= bought
     decided = {**(selection.layers or {}), **changed}

@@ -219,11 +219,8 @@ class _Quantizer:
             return self._checked(load)[1]
 
     def scale_of(self, layer: Layer, largest: float) -> Tensor:
-        """The matrix's scale: that of a matrix with one weight, the largest."""
-        one = torch.full((1, 1), largest, dtype=torch.float32, device=self._device)
-        name = layer.format.matrix_scale
-        assert name is not None
-        return layer.format.quantize(one, None)[name]
+        """The matrix's scale."""
+        return layer.format.scale_of_matrix(torch.tensor(largest, device=self._device))
 
     def quantize(self, load: Load, scale: Tensor | None, known: _Known | None) -> tuple[Tensors, list[Outcome]]:
         """Stored tensors of a tile; ``scale`` is that of the matrix, if the tile is not all of it."""

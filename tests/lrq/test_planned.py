@@ -300,7 +300,7 @@ def test_time_is_estimated_for_every_format(tmp_path, flags):
     assert (simple["gpu_peak_bytes"] > 0) == torch.cuda.is_available()
 
 
-@pytest.mark.parametrize(("gram", "known"), [(True, "whole"), (False, "diagonal")])
+@pytest.mark.parametrize(("gram", "known"), [(True, "correlated"), (False, "diagonal")])
 def test_time_and_bits_know_of_statistics(tmp_path, monkeypatch, gram, known):
     source = save(tmp_path / "in", {"a.weight": normal(256, 256), "a.bias": normal(256)})
     stats = standard_normal(256)

@@ -68,8 +68,12 @@ class TextModel:
 
     def run(self, batch: dict[str, Tensor]) -> None:
         """Raises InputError if the model fails."""
-        with _one_line(f"{self.folder}: the model can't be run"):
+        try:
             self.part(**batch)
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+            raise InputError(f"{self.folder}: the model can't be run: {_said(error)}") from error
 
     def _embeddings(self) -> int | None:
         weight = getattr(self.part.get_input_embeddings(), "weight", None)
@@ -147,10 +151,14 @@ def _one_line(what: str) -> Iterator[None]:
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        line, kind = first_line(str(error)), type(error).__name__
-        # A bare key or nothing says little.
-        said = line if " " in line else f"{kind}: {line}" if line else kind
-        raise InputError(f"{what}: {said}") from None
+        # Inside runs transformers alone, over files of others: tokenizers raise Exception itself.
+        raise InputError(f"{what}: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    line, kind = first_line(str(error)), type(error).__name__
+    # A bare key or nothing says little.
+    return line if " " in line else f"{kind}: {line}" if line else kind
 
 
 def first_line(message: str) -> str:

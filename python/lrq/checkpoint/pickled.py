@@ -137,13 +137,8 @@ def _places(path: Path, addresses: dict[int, int]) -> dict[int, int]:
     """
     try:
         records = _records(path)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        zipfile.BadZipFile,
-    ):  # What no zip file that torch wrote raises.
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile):
+        # An old or damaged archive, which torch has read all the same.
         return {}
     if len(records) != len(addresses) or not records:
         return {}
@@ -182,7 +177,8 @@ def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[int, int]]:
         raise InputError(f"{path}: can't be read: {error.strerror or error}") from None
     except MemoryError:
         raise
-    except Exception as error:  # Damaged pickles fail in every way there is.
+    except Exception as error:
+        # torch's loader alone ran, over a file that may be damaged anywhere: no list of its errors would be whole.
         raise InputError(
             f"{refused}, and torch can't load it as weights only ({_reason(error)}); convert it to .safetensors"
         ) from None

@@ -7,9 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from lrq.checkpoint.header import read_header
-from lrq.checkpoint.layout import ENDING, INDEX, PROVENANCE, Layout, partial_of
-from lrq.checkpoint.sources import SHARD
+from lrq.checkpoint.layout import ENDING, INDEX, Layout, partial_of
+from lrq.checkpoint.sources import SHARD, made_by_lrq
 from lrq.errors import InputError
 
 FOREIGN = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pickle", ".pkl", ".pt", ".pth")
@@ -89,7 +88,7 @@ def remains(layout: Layout, inputs: Iterable[str | os.PathLike[str] | None]) -> 
     found = [
         path
         for path in files
-        if path.is_file() and not any(os.path.samefile(path, file) for file in read) and _is_ours(path)
+        if path.is_file() and not any(os.path.samefile(path, file) for file in read) and made_by_lrq(str(path))
     ]
     index = folder / f"{stem}{INDEX}"
     # An index is as its shards are.
@@ -100,11 +99,3 @@ def remains(layout: Layout, inputs: Iterable[str | os.PathLike[str] | None]) -> 
 
 def _stem(layout: Layout) -> str:
     return layout.target.name.removesuffix(INDEX).removesuffix(ENDING)
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return PROVENANCE in read_header(file, path)[0].metadata
-    except (InputError, OSError):
-        return False

@@ -43,6 +43,11 @@ class Format(ABC):
         """Suffix of the scale that hangs on all weights of a matrix, or None: its rows are independent."""
         return None
 
+    def scale_of_matrix(self, largest: Tensor) -> Tensor:
+        """The :attr:`matrix_scale` of a matrix whose largest magnitude is ``largest`` []: that of this one weight."""
+        assert self.matrix_scale is not None
+        return self.quantize(largest.float().view(1, 1), None)[self.matrix_scale]
+
     @property
     @abstractmethod
     def name(self) -> str:

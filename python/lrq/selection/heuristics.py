@@ -45,7 +45,8 @@ def relative_error(fmt: Format, w: Tensor) -> float:
     weight = error = 0.0
     for matrix in w if w.dim() == 3 else (w,):
         rows = max(1, PART // matrix.shape[1] // fmt.tile_rows) * fmt.tile_rows
-        scale = _matrix_scale(fmt, matrix) if rows < matrix.shape[0] else None
+        in_parts = rows < matrix.shape[0] and fmt.matrix_scale is not None
+        scale = fmt.scale_of_matrix(_largest(matrix)) if in_parts else None
         for part in matrix.split(rows):
             single = part.float()
             stored = fmt.dequantize(fmt.quantize(single, None, scale), tuple(single.shape))
@@ -54,12 +55,10 @@ def relative_error(fmt: Format, w: Tensor) -> float:
     return math.sqrt(error / weight) if weight > 0 else 0.0
 
 
-def _matrix_scale(fmt: Format, matrix: Tensor) -> Tensor | None:
-    """The scale of the whole, for its parts: that of a matrix with one weight, the largest."""
-    if fmt.matrix_scale is None:
-        return None
+def _largest(matrix: Tensor) -> Tensor:
+    # Without a copy of it, as its magnitudes would be.
     low, high = matrix.aminmax()
-    return fmt.quantize(torch.maximum(high, -low).float().view(1, 1), None)[fmt.matrix_scale]
+    return torch.maximum(high, -low)
 
 
 def widen(layer: Layer, w: Tensor, limit: float) -> dict[str, object] | None:

@@ -39,7 +39,6 @@ SPREAD = 1 << 23
 SLACK = 3 << 22
 """Bytes for what threads, the journal and the C library take while a run goes on, and for code that is read from disk
 only then: how much of it the system maps at a time hangs on what it has in its caches."""
-
 RESULT = 1 << 10
 """Bytes that are remembered of every layer."""
 
@@ -65,8 +64,14 @@ class MemoryPlan:
     vram_limit: int | None = None
 
 
-def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.device, execution: Execution) -> MemoryPlan:
-    """Cut layers so that they fit.
+def plan_memory(
+    layers: Sequence[Layer],
+    rounding: Rounding,
+    device: torch.device,
+    execution: Execution,
+    count: int | None = None,
+) -> MemoryPlan:
+    """Cut layers so that they fit; ``count`` is that of all layers where ``layers`` are one of each kind.
 
     Raises:
         InputError: a layer can't fit; it is named, with its need.
@@ -77,9 +82,9 @@ def plan_memory(layers: Sequence[Layer], rounding: Rounding, device: torch.devic
     warm_up([whole(layer) for layer in layers], rounding, device)
     learned = any(not layer.rounding(rounding).simple for layer in layers)
     libraries = LIBRARIES if on_gpu else LEARNING_LIBRARIES if learned else 0
-    base = resident() + SLACK + buffers + libraries + RESULT * len(layers)
+    base = resident() + SLACK + buffers + libraries + RESULT * (len(layers) if count is None else count)
     if execution.ram_bytes is not None and base > execution.ram_bytes and on_gpu:
-        raise InputError(f"--max_ram: the process takes {_sized(base)} without any layer; raise it to that")
+        raise InputError(f"--max_ram: the process takes {megabytes(base)} without any layer; raise it to that")
     room = _room(device, execution, 0 if on_gpu else base)
     if room is not None:
         _check_fits(layers, rounding, room)
@@ -136,9 +141,9 @@ def _check_fits(layers: Sequence[Layer], rounding: Rounding, room: _Room) -> Non
         return
     need, layer = least.need(rounding), least.layer
     raise InputError(
-        f"layer {printable(layer.name)} {list(layer.source.shape)}: needs {_sized(need)}"
-        f"{'' if least.is_whole else ', even in tiles'}, {room.flag} leaves {_sized(max(room.left, 0))}; "
-        f"raise it to {_sized(room.limit - room.left + need + SPREAD)}"
+        f"layer {printable(layer.name)} {list(layer.source.shape)}: needs {megabytes(need)}"
+        f"{'' if least.is_whole else ', even in tiles'}, {room.flag} leaves {megabytes(max(room.left, 0))}; "
+        f"raise it to {megabytes(room.limit - room.left + need + SPREAD)}"
         f"{'' if rounding.simple else ', or add --simple, which needs less'}"
     )
 
@@ -152,8 +157,8 @@ def _tiles(layer: Layer, rounding: Rounding, limit: int | None, on_gpu: bool) ->
     return (one,) if one.need(rounding) <= wanted else tuple(cut(layer, rounding, wanted))
 
 
-def _sized(count: int) -> str:
-    # Up, so that what is advised is enough.
+def megabytes(count: int) -> str:
+    """``45.2 MB``, rounded up: what is advised is enough."""
     return f"{math.ceil(count / 1e5) / 10:.1f} MB"
 
 

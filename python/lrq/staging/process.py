@@ -23,18 +23,18 @@ _FEW_ROWS = 128
 def warm_up(tiles: Iterable[Tile], rounding: Rounding, device: torch.device) -> None:
     """Do once, and small, what the run does: libraries, kernels and a GPU's context then count as there before."""
     return_large_blocks()
-    narrowest = {
-        (tile.layer.format, len(tile.shape), tile.layer.rounding(rounding)): tile
-        for tile in sorted(tiles, key=_columns, reverse=True)
-    }
+    wide_first = sorted(tiles, key=_columns, reverse=True)
+    narrowest = {(tile.layer.format, len(tile.shape), tile.layer.rounding(rounding)): tile for tile in wide_first}
     for (fmt, _, own), tile in narrowest.items():
         rows = min(tile.shape[-2], max(_FEW_ROWS, fmt.tile_rows))
         few = torch.zeros(*[1] * (len(tile.shape) - 2), rows, _columns(tile), device=device)
         if fmt.refusal(tuple(few.shape)) is None:
             # Of gptq there is nothing to load: it is products and a factorization.
             quantize_layer(fmt, few, replace(own, optimizer=None) if own.optimizer == "gptq" else own, 0)
-        if tile.layer.statistics_size:
-            output_error(few, few, few, _no_inputs(_columns(tile)))
+    measured = [_columns(tile) for tile in wide_first if tile.layer.statistics_size]
+    if measured:
+        few = torch.zeros(_FEW_ROWS, measured[-1], device=device)
+        output_error(few, few, few, _no_inputs(measured[-1]))
 
 
 def _no_inputs(columns: int) -> InputStats:
