@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,15 +15,16 @@ import torch
 
 from lrq.calibration.input_scales import input_scale, read_input_scales
 from lrq.calibration.naming import match_names
-from lrq.calibration.stats import load_stats
+from lrq.calibration.stats import load_stats, sha256_of
 from lrq.checkpoint.header import lay_out
 from lrq.checkpoint.layout import PROVENANCE, one_file
 from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.target import check_targets, target_of
 from lrq.checkpoint.writer import Writer
+from lrq.config.calibration import PERCENTILES
 from lrq.dialects import comfyui
 from lrq.errors import InputError, listed, printable
-from lrq.plan import CALIBRATION, source_markers
+from lrq.plan import CALIBRATION, PATCHES, source_markers
 
 _Able = tuple[float, Callable[[int], bool]]
 """What the largest input is scaled to, and whether a layer may have so many inputs."""
@@ -57,14 +58,16 @@ def patch_input_scales(
         InputError: a file that can't be read, or no layer that gets a scale.
     """
     path = target_of(output)
-    if not 0 < percentile <= 100:
-        raise InputError(f"--actcal_percentile {percentile}: must be over 0, at most 100")
+    low, high = PERCENTILES
+    if not low <= percentile <= high:
+        raise InputError(f"--actcal_percentile {percentile}: must be from {low:g} to {high:g}")
     with Reader(source) as reader:
         check_targets([path], [*reader.files, calib, input_scales])
         largest = _able(reader)
         if not largest:
             raise InputError(f"{reader.path}: has no FP8 or NVFP4 layer of ComfyUI's, which alone take an input_scale")
-        scales, notices = _scales(largest, calib, input_scales, percentile)
+        measured, given, notices = _scales(largest, calib, input_scales, percentile)
+        scales = measured | given
         if not scales:
             raise InputError(
                 f"{calib or input_scales}: has nothing for the layers of {reader.path}; it is of another model"
@@ -72,7 +75,11 @@ def patch_input_scales(
         missing = sorted(largest.keys() - scales.keys())
         if missing:
             notices.append(f"no input scale for {listed(missing)}")
-        _write(reader, path, scales)
+        made: list[dict[str, Any]] = [{"layers": sorted(given)}]
+        if calib is not None:
+            left = sorted(measured.keys() - given.keys())
+            made.append({"layers": left, "statistics": sha256_of(calib), "percentile": percentile})
+        _write(reader, path, scales, made)
     return Patched(path, scales, notices)
 
 
@@ -98,8 +105,10 @@ def _scales(
     calib: str | os.PathLike[str] | None,
     input_scales: str | os.PathLike[str] | None,
     percentile: float,
-) -> tuple[dict[str, float], list[str]]:
-    scales: dict[str, float] = {}
+) -> tuple[dict[str, float], dict[str, float], list[str]]:
+    """By layer, those of the statistics and those that are given, and what is to be said."""
+    measured: dict[str, float] = {}
+    given: dict[str, float] = {}
     notices = []
     if calib is not None:
         stats = load_stats(calib)
@@ -111,23 +120,23 @@ def _scales(
                     f"{calib}: layer {printable(name)} has {stats.columns(name)} inputs, the quantized weight has "
                     "others; they are of another model"
                 )
-            scales[layer] = input_scale(stats.brief(name), percentile, limit)
+            measured[layer] = input_scale(stats.brief(name), percentile, limit)
         notices += [f"statistics: {rule}"] if rule else []
         notices += [] if stats.measured else ["the statistics are simulated: inputs larger than guessed will clip"]
     if input_scales is not None:
         values = read_input_scales(input_scales)
         names, rule = match_names(values.keys(), largest.keys())
-        scales |= {layer: values[name] for layer, name in names.items()}
+        given = {layer: values[name] for layer, name in names.items()}
         notices += [f"--input_scales: {rule}"] if rule else []
-    return scales, notices
+    return measured, given, notices
 
 
-def _write(reader: Reader, path: Path, scales: Mapping[str, float]) -> None:
+def _write(reader: Reader, path: Path, scales: Mapping[str, float], made: Sequence[Mapping[str, Any]]) -> None:
     new = {f"{layer}.{comfyui.INPUT_SCALE}": value for layer, value in scales.items()}
     kept = [entry for entry in reader.header.entries if entry.name not in new]
     tensors = [(entry.name, entry.dtype, entry.shape) for entry in kept]
     tensors += [(name, "F32", ()) for name in sorted(new)]
-    metadata = {**reader.header.metadata, PROVENANCE: _provenance(reader, scales)}
+    metadata = {**reader.header.metadata, PROVENANCE: _provenance(reader, scales, made)}
     layout = one_file(path, *lay_out(tensors, metadata))
     values = {"the input scales": json.dumps(sorted(new.items())), "the output's header": layout.digest}
     with Writer(layout, {**reader.fingerprint, **values}) as writer:
@@ -141,13 +150,16 @@ def _write(reader: Reader, path: Path, scales: Mapping[str, float]) -> None:
                 writer.write(name, torch.tensor(value, dtype=torch.float32))
 
 
-def _provenance(reader: Reader, scales: Mapping[str, float]) -> str:
-    """What the file records of itself, and the layers that have a scale now."""
+def _provenance(reader: Reader, scales: Mapping[str, float], made: Sequence[Mapping[str, Any]]) -> str:
+    """What the file records of itself, and the layers that have a scale now: by which statistics, or none."""
+    made = [one for one in made if one["layers"]]
     try:
         entry: Any = json.loads(reader.header.metadata.get(PROVENANCE, "{}"))
         known = entry.get(CALIBRATION, {})
         before = known.get("input_scales", [])
-        patched = {"patched_scales": sorted({*known.get("patched_scales", []), *scales})}
-        return json.dumps({**entry, CALIBRATION: {**known, "input_scales": sorted({*before, *scales}), **patched}})
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return json.dumps({CALIBRATION: {"input_scales": sorted(scales), "patched_scales": sorted(scales)}})
+        patches = [{**one, "layers": sorted(set(one["layers"]) - scales.keys())} for one in known.get(PATCHES, [])]
+        made = [*(one for one in patches if one["layers"]), *made]
+        own = {"input_scales": sorted({*before, *scales}), PATCHES: made}
+        return json.dumps({**entry, CALIBRATION: {**known, **own}})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return json.dumps({CALIBRATION: {"input_scales": sorted(scales), PATCHES: made}})

@@ -22,6 +22,8 @@ from lrq_kernels._version import __version__
 
 CALIBRATION = "calibration"
 """Key of the provenance that says what was made of statistics."""
+PATCHES = "patched_scales"
+"""Key of that: input scales that ``lrq actscale`` gave, by the statistics and the percentile that it took."""
 MOST_REASONS = 3
 """Reasons that are named where nothing can be quantized."""
 ACTS_ON_THE_LAYER = "it would act on the quantized layer"

@@ -52,6 +52,10 @@ def save_stats(path: str | os.PathLike[str], stats: Mapping[str, InputStats], or
     """
     if origin not in (MEASURED, SIMULATED):
         raise ValueError(f"origin must be {MEASURED} or {SIMULATED}, got {origin!r}")
+    if origin == MEASURED and getattr(stats, "origin", None) == SIMULATED:
+        raise InputError(f"{path}: these statistics are simulated; save them as {SIMULATED}")
+    if transposed := getattr(stats, "transposed", ()):
+        about.setdefault("transposed", "\n".join(transposed))
     if not stats:
         raise InputError(f"{path}: there are no statistics to save; no layer saw an input")
     tensors: dict[str, Tensor] = {}
@@ -259,18 +263,29 @@ def load_stats(path: str | os.PathLike[str]) -> StatsFile:
     return StatsFile(path)
 
 
-def merge_stats(*samples: Mapping[str, InputStats]) -> dict[str, InputStats]:
-    """Statistics of several runs together, by layer; without layers that a file says are stored transposed.
+class MergedStats(dict[str, InputStats]):
+    """Statistics of several runs by layer, with what their files said of all layers."""
+
+    origin: str | None = None
+    """Measured or simulated; None where no part says."""
+    transposed: tuple[str, ...] = ()
+    """Layers that are stored as [K,N]."""
+
+
+def merge_stats(*samples: Mapping[str, InputStats]) -> MergedStats:
+    """Statistics of several runs together, by layer.
 
     Raises:
         InputError: a layer has another K there, or some are measured and others simulated.
     """
-    merged: dict[str, InputStats] = {}
-    if len({getattr(sample, "origin", None) for sample in samples} - {None}) > 1:
+    merged = MergedStats()
+    origins = {getattr(sample, "origin", None) for sample in samples} - {None}
+    if len(origins) > 1:
         raise InputError("statistics of real inputs and simulated ones can't be merged; merge the measured ones alone")
+    merged.origin = next(iter(origins), None)
+    merged.transposed = tuple(sorted({layer for sample in samples for layer in getattr(sample, "transposed", ())}))
     for sample in samples:
-        left_out = set(getattr(sample, "transposed", ()))
-        for layer, one in ((layer, one) for layer, one in sample.items() if layer not in left_out):
+        for layer, one in sample.items():
             try:
                 merged[layer] = merge(merged[layer], one) if layer in merged else one
             except ValueError as error:

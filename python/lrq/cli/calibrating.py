@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from lrq.cli.options import DashCommand
+from lrq.config.calibration import PERCENTILES
 from lrq.errors import InputError, counted, printable
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -83,7 +84,7 @@ def calibrate(
 @click.option("--input_scales", metavar="FILE", help="JSON or checkpoint that holds the scales; wins over --calib.")
 @click.option(
     "--actcal_percentile",
-    type=click.FloatRange(50, 100),
+    type=click.FloatRange(*PERCENTILES),
     default=100.0,
     show_default=True,
     help="Share of the inputs' magnitudes, in percent, that must not clip.",

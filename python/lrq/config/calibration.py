@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from lrq.errors import InputError
 from lrq.settings import setting as _setting
 
+PERCENTILES = (50.0, 100.0)
+"""Of the inputs' magnitudes: from the least that makes sense to the largest input."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -37,7 +40,10 @@ class Calibration:
     add_bias: bool = _setting(False, "Give layers without a bias one that holds the correction.")
     actcal: bool = _setting(False, "Write input_scale of FP8 and NVFP4 layers, from --calib or --simulate.")
     actcal_percentile: float = _setting(
-        100.0, "Percent of the inputs' magnitudes that must not clip; 100: the largest.", minimum=50.0, maximum=100.0
+        100.0,
+        "Percent of the inputs' magnitudes that must not clip; 100: the largest.",
+        minimum=PERCENTILES[0],
+        maximum=PERCENTILES[1],
     )
     input_scales: str | None = _setting(
         None, "Take input_scale from this JSON file or checkpoint; wins over --actcal.", metavar="FILE"

@@ -21,7 +21,7 @@ from lrq.dialects import comfyui
 from lrq.errors import InputError, printable
 from lrq.formats import Format, Tensors
 from lrq.models.policy import FLOAT_DTYPES, SUFFIX
-from lrq.plan import CALIBRATION
+from lrq.plan import CALIBRATION, PATCHES
 from lrq.repair.bias import OutputError, corrected, mean_shift, output_error
 
 WORSE_OUTPUTS = 1.1
@@ -41,9 +41,6 @@ class Changes:
     input_scales: frozenset[str] = frozenset()
     measured: frozenset[str] = frozenset()
     """Statistics of their inputs were there: if they were not rounded simply, codes and block scales follow those."""
-
-    patched: frozenset[str] = frozenset()
-    """Their input scale was given afterwards, by whatever ``lrq actscale`` was told."""
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -82,7 +79,7 @@ def recorded_changes(output: Reader) -> Changes:
     """What the file records; nothing where it records nothing that can be read."""
     try:
         entry = json.loads(output.header.metadata[PROVENANCE])[CALIBRATION]
-        keys = ("corrected_biases", "added_biases", "input_scales", "measured_layers", "patched_scales")
+        keys = ("corrected_biases", "added_biases", "input_scales", "measured_layers")
         return Changes(*(frozenset(map(str, entry.get(key, ()))) for key in keys))
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return Changes()
@@ -112,9 +109,13 @@ class Predictions:
     """
 
     def __init__(self, stats: StatsFile, layers: Collection[str], output: Reader, made: Calibration) -> None:
-        self._stats, self._output, self._made = stats, output, made
+        self._stats, self._output = stats, output
         self._changes = recorded_changes(output)
-        self._own = _digest_of_statistics(output) == stats.digest()
+        digest = stats.digest()
+        self._own = _digest_of_statistics(output) == digest
+        takes = self._own and made.actcal and made.input_scales is None
+        self._converted = made.actcal_percentile if takes else None
+        self._patched = _patched(output, digest)
         self._names, _ = match_names([name for name in stats if name not in stats.transposed], set(layers))
         if not self._names:
             raise InputError(f"{stats.path}: has no quantized layer; the statistics are of another model")
@@ -140,6 +141,8 @@ class Predictions:
         self, name: str, fmt: Format, tensors: Tensors, w: torch.Tensor, source: Reader, predicted: Predicted | None
     ) -> None:
         """Raise ValueError for what the statistics did not make of a layer, if the file was made with these."""
+        if name in self._names:
+            self._check_scale(name, fmt, w)
         if predicted is None or not self._own:
             return
         stats, error = self._stats[self._names[name]], predicted.error
@@ -151,12 +154,16 @@ class Predictions:
             )
         if predicted.corrected:
             self._check_bias(name, fmt, tensors, w, source, stats)
+
+    def _check_scale(self, name: str, fmt: Format, w: torch.Tensor) -> None:
+        """The input scale, if these statistics made it: in the conversion, or afterwards."""
+        percentile = self._patched.get(name, self._converted)
         limit, scale = comfyui.largest_input(fmt, tuple(w.shape)), f"{name}.{comfyui.INPUT_SCALE}"
-        made = self._made.actcal and self._made.input_scales is None and scale in self._output.entries
-        if made and name not in self._changes.patched and limit is not None:
-            found, expected = self._output.read(scale), input_scale(stats, self._made.actcal_percentile, limit)
-            if found.numel() == 1 and abs(found.item() - expected) > ROUNDING * expected:
-                raise ValueError(f"{comfyui.INPUT_SCALE} is {found.item():.6g}, the statistics give {expected:.6g}")
+        if percentile is None or limit is None or scale not in self._output.entries:
+            return
+        found, expected = self._output.read(scale), input_scale(self._stats.brief(self._names[name]), percentile, limit)
+        if found.numel() == 1 and abs(found.item() - expected) > ROUNDING * expected:
+            raise ValueError(f"{comfyui.INPUT_SCALE} is {found.item():.6g}, the statistics give {expected:.6g}")
 
     def _check_bias(
         self, name: str, fmt: Format, tensors: Tensors, w: torch.Tensor, source: Reader, stats: InputStats
@@ -172,6 +179,20 @@ class Predictions:
         allowed = 2 * torch.finfo(found.dtype).eps * expected.abs() + ROUNDING * shift.abs().max()
         if not ((found.double() - expected).abs() <= allowed).all():
             raise ValueError("its bias is not what the statistics give")
+
+
+def _patched(output: Reader, digest: str) -> dict[str, float | None]:
+    """The percentile by layer, of input scales that were patched in; None for those that other things than these
+    statistics gave."""
+    try:
+        patches = json.loads(output.header.metadata[PROVENANCE])[CALIBRATION].get(PATCHES, [])
+        return {
+            str(layer): float(patch["percentile"]) if patch.get("statistics") == digest else None
+            for patch in patches
+            for layer in patch["layers"]
+        }
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _digest_of_statistics(output: Reader) -> str | None:

@@ -79,8 +79,8 @@ def _match(inputs: Inputs, layers: Sequence[Layer], stats: StatsFile | Simulated
         raise InputError(f"--simulate: no layer of {where} stands behind a norm with gains; gaussian asks for no norm")
     if layers and not usable and stats.transposed:
         raise InputError(
-            f"{stats.path}: its {counted(len(stats.transposed), 'layer')} are stored as [K,N] (Conv1D), which "
-            "statistics are not used for yet; convert without them"
+            f"{stats.path}: all layers are stored as [K,N] (Conv1D), which statistics are not used for yet; convert "
+            "without them"
         )
     if layers and not inputs.names:
         raise InputError(

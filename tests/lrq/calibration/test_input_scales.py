@@ -10,6 +10,8 @@ import torch
 
 import lrq
 from checkpoints import LAYERS, File, convert, load, normal, run, same_bytes, save, tampered, transformer
+from lrq.calibration.stats import load_stats
+from lrq.errors import InputError
 from measured import inputs, save_for
 
 COLUMNS = {"attn.qkv": 32, "mlp.fc": 64}
@@ -170,12 +172,30 @@ def test_nothing_to_patch_is_one_line(tmp_path: Path, source: Path, stats: Path)
     assert lrq.verify(tmp_path / "fp8.safetensors", source).ok
 
 
-def test_a_scale_that_was_patched_in_is_not_held_against_the_statistics(tmp_path, source, stats) -> None:
-    output, patched = tmp_path / "out.safetensors", tmp_path / "patched.safetensors"
-    convert(source, output, "--calib", stats, "--actcal", "--simple")
+@pytest.mark.parametrize("flags", [("--calib", "S", "--actcal"), ()])
+def test_a_scale_that_was_patched_in_is_held_against_what_it_was_made_of(tmp_path, source, stats, flags) -> None:
+    output, patched, again = (tmp_path / f"{name}.safetensors" for name in ("out", "patched", "again"))
+    convert(source, output, *[str(stats) if flag == "S" else flag for flag in flags], "--simple")
+
+    def verified(file: Path):
+        return run("verify", file, "--source", source, "--calib", stats)
+
     assert run("actscale", output, "--calib", stats, "--actcal_percentile", "90", "-o", patched).exit_code == 0
-    for file in (output, patched):
-        assert run("verify", file, "--source", source, "--calib", stats).exit_code == 0
+    assert verified(output).exit_code == verified(patched).exit_code == 0
+    largest = load_stats(stats)[LAYERS[0]].amax / 448
+    assert load(patched).tensors[f"{LAYERS[0]}.input_scale"] < 0.99 * largest
+
+    def change(file: File) -> None:
+        file.tensors[f"{LAYERS[0]}.input_scale"] *= 3
+
+    result = verified(tampered(patched, change))
+    assert result.exit_code == 1 and "input_scale is" in result.output
+    # What is given is given, whatever the statistics say; the other layers are held against them.
+    (tmp_path / "given.json").write_text(json.dumps({LAYERS[0]: 0.5}))
+    assert run("actscale", patched, "--input_scales", tmp_path / "given.json", "-o", again).exit_code == 0
+    assert verified(again).exit_code == 0
+    recorded = json.loads(load(again).metadata["lrq"])["calibration"]["patched_scales"]
+    assert [len(patch["layers"]) for patch in recorded] == [len(LAYERS) - 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -196,4 +216,20 @@ def test_a_percentile_that_is_no_number_is_refused(tmp_path, source, stats) -> N
     output = tmp_path / "out.safetensors"
     convert(source, output, "--simple")
     result = run("actscale", output, "--calib", stats, "--actcal_percentile", "nan", "-o", tmp_path / "p")
-    assert result.exit_code == 2 and "must be over 0" in result.stderr
+    assert result.exit_code == 2 and "must be from 50 to 100" in result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_scales_of_a_file_must_be_floats(tmp_path, source, dtype) -> None:
+    given = save(tmp_path / "given", {f"{LAYERS[0]}.input_scale": torch.ones(()).to(dtype)})
+    result = run("convert", "-i", source, "-o", tmp_path / "o", "--simple", "--input_scales", given)
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and "must be a float, is torch." in line
+
+
+def test_without_permission_is_said(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("lrq.calibration.stats.safe_open", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    (tmp_path / "there").write_text("x")
+    for name, words in (("there", "no permission"), ("missing", "no such file")):
+        with pytest.raises(InputError, match=words):
+            load_stats(tmp_path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -160,14 +161,19 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path, layers: dict[st
         assert result.exit_code == 2 and word in line and "another model" in line
 
 
-def test_merged_files_leave_out_what_is_transposed_and_mix_no_origins(tmp_path: Path) -> None:
+def test_merged_files_keep_what_they_say_of_all_layers(tmp_path: Path) -> None:
     stats = {name: statistics(inputs(40, 8)) for name in ("a", "b")}
     for name, origin, about in (("one", "measured", {"transposed": "b"}), ("guess", "simulated", {})):
         save_stats(tmp_path / name, stats, origin, **about)
     one, guess = (load_stats(tmp_path / name) for name in ("one", "guess"))
-    assert merge_stats(one, one).keys() == {"a"}
+    save_stats(tmp_path / "both", merge_stats(one, merge_stats(one, one)), "measured")
+    both = load_stats(tmp_path / "both")
+    assert both.transposed == ("b",) and set(both) == {"a", "b"} and both["a"].count == 3 * one["a"].count
     with pytest.raises(InputError, match="can't be merged"):
         merge_stats(one, guess)
+    for simulated in (guess, merge_stats(guess, guess)):
+        with pytest.raises(InputError, match="are simulated"):
+            save_stats(tmp_path / "both", simulated, "measured")
 
 
 def test_a_conversion_that_is_under_way_keeps_its_files(tmp_path: Path) -> None:
@@ -183,3 +189,27 @@ def test_a_file_that_is_replaced_meanwhile_is_refused(tmp_path: Path) -> None:
     save_for(tmp_path / "stats", {"a": inputs(41, 8)})
     with pytest.raises(InputError, match="changed while it was in use"):
         stats["a"]
+
+
+def test_a_model_whose_layers_are_all_transposed_is_told_so(tmp_path: Path) -> None:
+    source = save(tmp_path / "in", {"a.weight": normal(64, 64)})
+    save_stats(tmp_path / "stats", {"a": statistics(inputs(40, 64))}, "measured", transposed="a")
+    result = run("convert", "-i", source, "-o", tmp_path / "o", "--simple", "--calib", tmp_path / "stats")
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and "all layers are stored as [K,N]" in line
+
+
+def test_metadata_takes_any_name(tmp_path: Path) -> None:
+    save_stats(tmp_path / "stats", {"a": statistics(inputs(40, 8))}, "simulated", model="m\udcff")
+    assert load_stats(tmp_path / "stats").metadata["model"] == "m\\udcff"
+
+
+@pytest.mark.parametrize("optimizer", ["discrete", "gptq"])
+def test_a_negative_second_moment_is_of_no_inputs(tmp_path: Path, optimizer: str) -> None:
+    source = save(tmp_path / "in", {"a.weight": normal(64, 64)})
+    stats = dataclasses.replace(statistics(inputs(400, 64)), gram=-torch.eye(64))
+    save_stats(tmp_path / "stats", {"a": stats}, "measured")
+    flags = ("--nvfp4", "--calib", tmp_path / "stats", "--optimizer", optimizer)
+    result = run("convert", "-i", source, "-o", tmp_path / "o", *flags)
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and "negative eigenvalue" in line
