@@ -79,10 +79,12 @@ class Host(Place):
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
         self._free: list[Tensor] = []
+        self._wanted = 0
         self._lock = threading.Lock()
 
     def take(self, size: int) -> Tensor:
         with self._lock:
+            self._wanted = size
             for number, memory in enumerate(self._free):
                 if memory.numel() == size:
                     return self._free.pop(number)
@@ -92,7 +94,9 @@ class Host(Place):
 
     def give(self, memory: Tensor) -> None:
         with self._lock:
-            self._free.append(memory)
+            # Of another size than what is wanted now it would stay beside that.
+            if memory.numel() == self._wanted:
+                self._free.append(memory)
 
     def load(self, part: Tensor, fill: Fill) -> None:
         fill(part.numpy().data)

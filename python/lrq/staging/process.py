@@ -15,15 +15,18 @@ from lrq.repair.bias import output_error
 from lrq.rounding.solve import quantize_layer
 from lrq.staging.tiles import Tile
 
-_THRESHOLD, _LARGE = -3, 1 << 20
+_THRESHOLD = -3
 """``M_MMAP_THRESHOLD`` of glibc's mallopt: larger blocks go back to the system when they are freed."""
+_LARGE, _MEDIUM = 1 << 20, 1 << 18
+"""The threshold of runs that learn, whose many blocks of a small matrix would cost a third of their time, and of
+others, where what stays behind in the heap of every thread is what a peak differs by from run to run."""
 _FEW_ROWS = 128
 
 
 def warm_up(tiles: Iterable[Tile], rounding: Rounding, device: torch.device) -> None:
     """Do once, and small, what the run does: libraries, kernels and a GPU's context then count as there before."""
-    return_large_blocks()
     wide_first = sorted(tiles, key=_columns, reverse=True)
+    return_large_blocks(any(not tile.layer.rounding(rounding).simple for tile in wide_first))
     narrowest = {(tile.layer.format, len(tile.shape), tile.layer.rounding(rounding)): tile for tile in wide_first}
     for (fmt, _, own), tile in narrowest.items():
         rows = min(tile.shape[-2], max(_FEW_ROWS, fmt.tile_rows))
@@ -46,13 +49,13 @@ def _columns(tile: Tile) -> int:
     return tile.shape[-1]
 
 
-def return_large_blocks() -> None:
-    """Let the C library give memory back that is free."""
+def return_large_blocks(learned: bool = False) -> None:
+    """Let the C library give memory back that is free; from smaller blocks on where nothing is ``learned``."""
     # By itself glibc raises the threshold to the largest block freed, and keeps what is smaller in its heaps.
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(_THRESHOLD, _LARGE)
+            mallopt(_THRESHOLD, _LARGE if learned else _MEDIUM)
 
 
 def resident() -> int:

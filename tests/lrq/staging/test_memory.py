@@ -21,6 +21,7 @@ from lrq.errors import InputError, UnfinishedError
 from lrq.execution import Execution, parse_size
 from lrq.staging.conveyor import Conveyor
 from lrq.staging.memory import Budget, StoppedError
+from lrq.staging.places import Host
 
 SIMPLE = {"simple": True}
 MEGA = 10**6
@@ -114,6 +115,36 @@ def test_very_wide_rows_are_known_to_take_more(tmp_path, fmt):
     source = save(tmp_path / "in.safetensors", {"wide.weight": normal(2, 2_000_000).bfloat16()})
     measured, predicted = peaks(source, tmp_path / "out.safetensors", "--simple", fmt)
     assert measured <= predicted
+
+
+def test_tiles_of_another_size_are_not_kept():
+    host = Host()
+    first, second = host.take(100), host.take(100)
+    host.give(first)
+    other = host.take(200)
+    host.give(second)
+    again = host.take(100)
+    assert again.data_ptr() != second.data_ptr() and other.numel() == 200
+    host.give(again)
+    assert host.take(100) is again
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc alone")
+def test_blocks_of_half_a_megabyte_go_back_to_the_system():
+    """In heaps they would stay between what is still needed, and of every thread others."""
+    program = """if True:
+        import torch
+        from lrq.staging.process import resident, return_large_blocks
+        return_large_blocks()
+        before = resident()
+        both = [(torch.ones(147456), torch.ones(64)) for _ in range(40)]
+        kept = [small for _, small in both]
+        del both
+        print(resident() - before)
+    """
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True)
+    assert int(done.stdout) < 10 * MEGA
 
 
 def test_of_many_small_layers_few_are_remembered(tmp_path, monkeypatch):
