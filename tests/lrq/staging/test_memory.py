@@ -137,7 +137,7 @@ def test_blocks_of_half_a_megabyte_go_back_to_the_system():
         from lrq.staging.process import resident, return_large_blocks
         return_large_blocks()
         before = resident()
-        both = [(torch.ones(147456), torch.ones(64)) for _ in range(40)]
+        both = [(torch.ones(147456), torch.ones(8192)) for _ in range(40)]
         kept = [small for _, small in both]
         del both
         print(resident() - before)
