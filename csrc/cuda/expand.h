@@ -14,13 +14,14 @@ constexpr int kExpandThreads = 256;
 
 template <class T>
 __device__ __forceinline__ void store_vector(T* out, const float (&values)[8]) {
-    *reinterpret_cast<uint4*>(out) =
-        make_uint4(narrow_pair(values[1], values[0], T{}), narrow_pair(values[3], values[2], T{}),
-                   narrow_pair(values[5], values[4], T{}), narrow_pair(values[7], values[6], T{}));
+    // An assignment becomes four stores of 4 bytes (nvcc 13).
+    __stwb(reinterpret_cast<uint4*>(out),
+           make_uint4(narrow_pair(values[1], values[0], T{}), narrow_pair(values[3], values[2], T{}),
+                      narrow_pair(values[5], values[4], T{}), narrow_pair(values[7], values[6], T{})));
 }
 
 __device__ __forceinline__ void store_vector(float* out, const float (&values)[4]) {
-    *reinterpret_cast<float4*>(out) = make_float4(values[0], values[1], values[2], values[3]);
+    __stwb(reinterpret_cast<float4*>(out), make_float4(values[0], values[1], values[2], values[3]));
 }
 
 template <class Format, class T>
@@ -33,9 +34,10 @@ struct Expanding {
     using Place = cuda::Place < kExpandThreads, kLanes, kLanes<32 ? 32 / kLanes : 1>;
 };
 
-// `Format` holds kBlock, kBits (of a code), scale(byte, tensor_scale) and decode(words, values).
-template <class Format, class T>
-__global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout, bool aligned_in, bool aligned_out) {
+// `Format` holds kBlock, kBits (of a code), scale(byte, tensor_scale) and decode(words, values). kAligned: every vector is
+// whole, and lies at a multiple of its size.
+template <class Format, class T, bool kAligned>
+__global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout) {
     await_predecessor();
     using Shape = Expanding<Format, T>;
     constexpr int kVector = Shape::kVector;
@@ -55,9 +57,9 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout
 #pragma unroll
     for (int j = 0; j < kTileSteps; ++j)
         if (j * kTileStep < rows_left)
-            load_bytes<Shape::kBytes>(codes + j * kTileStep * layout.row_bytes, aligned_in, words[j]);
+            load_bytes<Shape::kBytes>(codes + j * kTileStep * layout.row_bytes, kAligned, words[j]);
     uint32_t scales[kTileSteps];
-    load_bytes<kTileVector>(layout.scales + place.scales(matrix, tiles), aligned_in, scales);
+    load_bytes<kTileVector>(layout.scales + place.scales(matrix, tiles), kAligned, scales);
     T* const out = static_cast<T*>(layout.out) + (matrix * layout.rows + place.first_row()) * layout.columns + first;
     const float tensor_scale = layout.tensor_scale ? layout.tensor_scale[matrix] : 1.0f;
 #pragma unroll
@@ -69,7 +71,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout
 #pragma unroll
         for (int i = 0; i < kVector; ++i) values[i] *= scale;
         T* const row = out + j * kTileStep * layout.columns;
-        if (aligned_out) {
+        if constexpr (kAligned) {
             store_vector(row, values);
         } else {
 #pragma unroll
@@ -82,12 +84,11 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout
 template <class Format, class T>
 void expand_as(const Expansion& layout, uintptr_t stream, const char* operation) {
     using Shape = Expanding<Format, T>;
-    const auto misaligned = reinterpret_cast<uintptr_t>(layout.codes) | reinterpret_cast<uintptr_t>(layout.scales);
-    const bool aligned_out =
-        reinterpret_cast<uintptr_t>(layout.out) % sizeof(uint4) == 0 && layout.columns % Shape::kVector == 0;
+    const bool aligned = is_multiple(layout.codes, sizeof(uint4)) && is_multiple(layout.scales, sizeof(uint4)) &&
+                         is_multiple(layout.out, sizeof(uint4)) && layout.columns % Shape::kVector == 0;
     const dim3 grid = Shape::Place::grid(layout.row_tiles, layout.column_tiles, layout.batch, operation);
-    launch(operation, expand_kernel<Format, T>, grid, dim3(kExpandThreads), stream, layout,
-           misaligned % sizeof(uint4) == 0, aligned_out);
+    launch(operation, aligned ? expand_kernel<Format, T, true> : expand_kernel<Format, T, false>, grid,
+           dim3(kExpandThreads), stream, layout);
 }
 
 template <class Format>

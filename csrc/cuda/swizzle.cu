@@ -6,6 +6,7 @@
 #include "../matrix.h"
 #include "launch.h"
 #include "tile.h"
+#include "vector.h"
 
 namespace lrq::cuda {
 namespace {
@@ -20,11 +21,11 @@ struct Layout {
     Matrix linear;
     uint8_t* tiles;
     int64_t row_tiles, column_tiles;
-    bool aligned, tiles_aligned;
 };
 
-__device__ __forceinline__ uint32_t load_word(const uint8_t* source, int64_t present, bool aligned) {
-    if (aligned && present >= kTileColumns) return __ldg(reinterpret_cast<const uint32_t*>(source));
+template <bool kAligned>
+__device__ __forceinline__ uint32_t load_word(const uint8_t* source, int64_t present) {
+    if constexpr (kAligned) return __ldg(reinterpret_cast<const uint32_t*>(source));
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < kTileColumns; ++i)
@@ -32,18 +33,19 @@ __device__ __forceinline__ uint32_t load_word(const uint8_t* source, int64_t pre
     return word;
 }
 
-__device__ __forceinline__ void store_word(uint8_t* out, uint32_t word, int64_t present, bool aligned) {
-    if (aligned && present >= kTileColumns) {
+template <bool kAligned>
+__device__ __forceinline__ void store_word(uint8_t* out, uint32_t word, int64_t present) {
+    if constexpr (kAligned) {
         *reinterpret_cast<uint32_t*>(out) = word;
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < kTileColumns; ++i)
-        if (i < present) out[i] = static_cast<uint8_t>(word >> 8 * i);
+        for (int i = 0; i < kTileColumns; ++i)
+            if (i < present) out[i] = static_cast<uint8_t>(word >> 8 * i);
+    }
 }
 
-// A thread takes the 4 rows by 4 columns that are 16 bytes of a tile.
-template <bool kForth>
+// A thread takes the 4 rows by 4 columns that are 16 bytes of a tile. kAligned: the 4 columns are there, in a word.
+template <bool kForth, bool kAligned>
 __global__ void __launch_bounds__(kThreads) swizzle_kernel(Layout layout) {
     await_predecessor();
     const int64_t column_tile = int64_t{blockIdx.x} * kTilesAside + threadIdx.x % kTilesAside;
@@ -57,16 +59,16 @@ __global__ void __launch_bounds__(kThreads) swizzle_kernel(Layout layout) {
             const int64_t tile = (matrix * layout.row_tiles + row_tile) * layout.column_tiles + column_tile;
             uint8_t* const vector = layout.tiles + tile * kTile + step_row * kTileVector;
             uint32_t words[kTileSteps] = {};
-            if constexpr (!kForth) load_bytes<kTileVector>(vector, layout.tiles_aligned, words);
+            if constexpr (!kForth) load_bytes<kTileVector>(vector, kAligned, words);
 #pragma unroll
             for (int j = 0; j < kTileSteps; ++j) {
                 const int64_t row = row_tile * kTileRows + j * kTileStep + step_row;
                 if (row >= x.rows) continue;
                 uint8_t* const place = linear + matrix * x.batch_stride + row * x.row_stride + column;
                 if constexpr (kForth)
-                    words[j] = load_word(place, x.columns - column, layout.aligned);
+                    words[j] = load_word<kAligned>(place, x.columns - column);
                 else
-                    store_word(place, words[j], x.columns - column, layout.aligned);
+                    store_word<kAligned>(place, words[j], x.columns - column);
             }
             if constexpr (kForth)
                 *reinterpret_cast<uint4*>(vector) = make_uint4(words[0], words[1], words[2], words[3]);
@@ -80,19 +82,19 @@ void run(const Tensor& linear, const Tensor& tiles, uintptr_t stream, const char
     layout.tiles = static_cast<uint8_t*>(tiles.data);
     layout.row_tiles = tiles.size(2) / kTileRows;
     layout.column_tiles = tiles.size(1) / kTileColumns;
-    layout.tiles_aligned = reinterpret_cast<uintptr_t>(tiles.data) % sizeof(uint4) == 0;
     const Matrix& x = layout.linear;
     require(layout.row_tiles * kTileRows >= x.rows && layout.column_tiles * kTileColumns >= x.columns,
             std::string(operation) + ": the tiles are too few");
-    require(layout.tiles_aligned || !kForth, std::string(operation) + ": the output must start at 16 bytes");
-    const auto starts = reinterpret_cast<uintptr_t>(x.data) | static_cast<uintptr_t>(x.row_stride) |
-                        static_cast<uintptr_t>(x.batch_stride);
-    layout.aligned = starts % sizeof(uint32_t) == 0;
+    const bool tiles_aligned = is_multiple(tiles.data, sizeof(uint4));
+    require(tiles_aligned || !kForth, std::string(operation) + ": the output must start at 16 bytes");
+    const bool aligned = tiles_aligned && is_multiple(x.data, sizeof(uint32_t)) && x.row_stride % sizeof(uint32_t) == 0 &&
+                         x.batch_stride % sizeof(uint32_t) == 0 && x.columns % kTileColumns == 0;
     const dim3 grid(static_cast<unsigned>((layout.column_tiles + kTilesAside - 1) / kTilesAside),
                     static_cast<unsigned>(std::min(layout.row_tiles, kMaxGridY)),
                     static_cast<unsigned>(std::min(x.batch, kMaxGridY)));
     const DeviceGuard guard(linear.device_index, operation);
-    launch(operation, swizzle_kernel<kForth>, grid, dim3(kThreads), stream, layout);
+    launch(operation, aligned ? swizzle_kernel<kForth, true> : swizzle_kernel<kForth, false>, grid, dim3(kThreads),
+           stream, layout);
 }
 
 }  // namespace

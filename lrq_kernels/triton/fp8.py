@@ -18,7 +18,7 @@ def quantize_fp8(x: Tensor, scaling: str, block: int, given_scale: Tensor | None
         if scaling == "tensor":
             quantize_matrix(x, given_scale, codes, scale, fp8=True)
         elif scaling == "row":
-            quantize_rows(x, 0, codes, scale, fp8=True)
+            quantize_rows(x, codes, scale, fp8=True)
         else:
             quantize_blocks(x, block, codes, scale, fp8=True)
 

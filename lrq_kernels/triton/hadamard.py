@@ -2,7 +2,8 @@
 
 A digit must lie in the registers of a thread to be worked on. Triton's default layouts spread the last dimension over
 the threads and leave the first to the registers: so digits are brought to the front, two at a time, and every other
-dimension is kept behind them; only bringing digits to the front and back moves weights between threads.
+dimension is kept behind them; only bringing digits to the front and back moves weights between threads. Weights are
+moved in a type as narrow as can be: before they are widened, and after they are narrowed.
 """
 
 import triton
@@ -89,26 +90,43 @@ def _back(x, DIGITS: tl.constexpr, SPAN: tl.constexpr):
 
 
 @triton.jit
-def rotate(x, GROUP: tl.constexpr):
-    """Every GROUP columns of float32 [ROWS,COLUMNS] rotated; COLUMNS is a multiple of GROUP."""
-    ROWS: tl.constexpr = x.shape[0]
-    COLUMNS: tl.constexpr = x.shape[1]
-    y = tl.reshape(x, (ROWS * COLUMNS,))
+def rotated(x, GROUP: tl.constexpr):
+    """Every GROUP columns of [ROWS,COLUMNS] rotated, float32, the last digits in front: [4 or 16,..] as of `placed`.
+
+    COLUMNS is a multiple of GROUP.
+    """
+    flat = tl.reshape(x, (x.shape[0] * x.shape[1],))
     if GROUP == 4:
-        y = _back(_stage(_front(y, 4, 1)), 4, 1) * 0.5
+        y = _stage(widen(_front(flat, 4, 1))) * 0.5
     else:
-        y = _back(_two_stages(_front(y, 16, 1)), 16, 1)
+        y = _two_stages(widen(_front(flat, 16, 1)))
     if GROUP == 16:
         y *= 0.25
     if GROUP == 64:
-        y = _back(_stage(_front(y, 4, 16)), 4, 16) * 0.125
+        y = _stage(_front(_back(y, 16, 1), 4, 16)) * 0.125
     if GROUP >= 256:
-        y = _back(_two_stages(_front(y, 16, 16)), 16, 16)
+        y = _two_stages(_front(_back(y, 16, 1), 16, 16))
     if GROUP == 256:
         y *= 0.0625
     if GROUP == 1024:
-        y = _back(_stage(_front(y, 4, 256)), 4, 256) * 0.03125
-    return tl.reshape(y, (ROWS, COLUMNS))
+        y = _stage(_front(_back(y, 16, 16), 4, 256)) * 0.03125
+    return y
+
+
+@triton.jit
+def placed(y, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """What belongs to `rotated` weights, as [ROWS,COLUMNS]."""
+    if GROUP == 4:
+        z = _back(y, 4, 1)
+    elif GROUP == 16:
+        z = _back(y, 16, 1)
+    elif GROUP == 64:
+        z = _back(y, 4, 16)
+    elif GROUP == 256:
+        z = _back(y, 16, 16)
+    else:
+        z = _back(y, 4, 256)
+    return tl.reshape(z, (ROWS, COLUMNS))
 
 
 @triton.jit
@@ -131,7 +149,8 @@ def rotate_kernel(
     inside = (row < rows) & (column < columns)
     values = tl.load(x + batch * batch_stride + row.to(tl.int64) * row_stride + column, inside, 0.0)
     place = out + (batch * rows + row) * columns + column
-    tl.store(place, narrow(rotate(widen(values), GROUP), out.dtype.element_ty), inside)
+    narrowed = narrow(rotated(values, GROUP), out.dtype.element_ty)
+    tl.store(place, placed(narrowed, ROWS, COLUMNS, GROUP), inside)
 
 
 def group_refusal(group: int) -> str | None:

@@ -6,7 +6,8 @@ from torch import Tensor
 from lrq_kernels.dispatch import kernel
 from lrq_kernels.triton.hadamard import group_refusal, rotate_matrices
 from lrq_kernels.triton.launch import accepts, current, matrices_of
-from lrq_kernels.triton.scaled import programs, quantize_blocks, quantize_matrix, quantize_rows, rows_config
+from lrq_kernels.triton.rotated_rows import quantize_rotated_rows, rotated_rows_config
+from lrq_kernels.triton.scaled import programs, quantize_blocks, quantize_matrix, quantize_rows
 from lrq_kernels.triton.unscaled import dequantize
 from lrq_kernels.triton.unscaled import programs as programs_back
 
@@ -32,12 +33,16 @@ def quantize_int8(
     with current(x):
         x = matrices_of(x)
         # Rows are rotated where they are held; the other scales are seldom of rotated weights.
-        if hadamard and (scaling != "row" or rows_config(x.shape[2], hadamard) is None):
-            x, hadamard = _rotated(x, hadamard), 0
+        held = rotated_rows_config(x.shape[2], hadamard) if hadamard and scaling == "row" else None
+        if held is not None:
+            quantize_rotated_rows(x, held, codes, scale)
+            return
+        if hadamard:
+            x = _rotated(x, hadamard)
         if scaling == "tensor":
             quantize_matrix(x, given_scale, codes, scale, fp8=False)
         elif scaling == "row":
-            quantize_rows(x, hadamard, codes, scale, fp8=False)
+            quantize_rows(x, codes, scale, fp8=False)
         else:
             quantize_blocks(x, block, codes, scale, fp8=False)
 

@@ -13,14 +13,10 @@ from lrq_kernels.contract import width
 from lrq_kernels.triton.amax import amax_bits
 from lrq_kernels.triton.arithmetic import widen
 from lrq_kernels.triton.codec import encode, encode_by_given, reciprocal_of, scale_of
-from lrq_kernels.triton.hadamard import rotate
 from lrq_kernels.triton.launch import INTERPRETED, Tile, has_e4m3, merged, tile_of, warps_of
 
 _MATRIX_WEIGHTS, _MATRIX_HELD = 8192, 32
 _CHUNK, _MOST_CHUNKS = 2048, 8
-_ROTATED_CHUNK, _MOST_ROTATED_CHUNKS = 4096, 5
-_ROTATED_HELD = 96
-"""Rotated weights of a thread, at most, where it holds 32 of a chunk: more of them spill."""
 _ROWS_WEIGHTS = 2048
 _BLOCK, _BLOCKS_WEIGHTS = 128, 8192
 _REGION_WEIGHTS = 8192
@@ -77,12 +73,11 @@ def rows_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    GROUP: tl.constexpr,
     FP8: tl.constexpr,
     FUSED: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    """ROWS whole rows, held in CHUNKS parts; rotated first by the Hadamard matrix of GROUP, if there is one."""
+    """ROWS whole rows, held in CHUNKS parts."""
     batch = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, CHUNK)[None, :]
@@ -91,21 +86,11 @@ def rows_kernel(
     for j in tl.static_range(CHUNKS):
         inside = (row < rows) & (column + j * CHUNK < columns)
         held = held + (tl.load(x + j * CHUNK, inside, 0.0),)
-    if GROUP > 0:
-        raw = held
-        held = ()
-        for j in tl.static_range(CHUNKS):
-            held = held + (rotate(widen(raw[j]), GROUP),)
     best = tl.zeros((ROWS, CHUNK), tl.float32)
     for j in tl.static_range(CHUNKS):
         best = tl.maximum(best, tl.abs(widen(held[j])))
-    if ROWS == 1:
-        # A scalar: Triton 3.7 would trace the layout of a stored [1,1] back through the rotation, and spill.
-        scale = scale_of(tl.max(best), False, FP8)
-        tl.store(scales + batch * rows + tl.program_id(0), scale)
-    else:
-        scale = scale_of(tl.max(best, axis=1, keep_dims=True), False, FP8)
-        tl.store(scales + batch * rows + row, scale, row < rows)
+    scale = scale_of(tl.max(best, axis=1, keep_dims=True), False, FP8)
+    tl.store(scales + batch * rows + row, scale, row < rows)
     parts = reciprocal_of(scale)
     codes += (batch * rows + row) * columns + column
     for j in tl.static_range(CHUNKS):
@@ -224,24 +209,23 @@ def quantize_matrix(x: Tensor, given: Tensor | None, codes: Tensor, scales: Tens
     )
 
 
-def rows_config(columns: int, group: int) -> dict[str, int] | None:
-    """How `rows_kernel` holds rows (of rotated ones float32), None if they are too long for it."""
-    most, longest = (_MOST_ROTATED_CHUNKS, _ROTATED_CHUNK) if group else (_MOST_CHUNKS, _CHUNK)
-    chunk = width(columns, longest, max(16, group))
-    while columns > most * chunk and chunk < longest:
+def rows_config(columns: int) -> dict[str, int] | None:
+    """How `rows_kernel` holds rows, None if they are too long for it."""
+    chunk = width(columns, _CHUNK)
+    while columns > _MOST_CHUNKS * chunk and chunk < _CHUNK:
         chunk *= 2
     chunks = triton.cdiv(columns, chunk)
-    if chunks > most:
+    if chunks > _MOST_CHUNKS:
         return None
     rows = max(_ROWS_WEIGHTS // chunk, 1) if chunks == 1 else 1
     # Few warps share a short row: their maximum waits for few.
-    held = 32 if 32 * chunks <= (_ROTATED_HELD if group else 32) else 16 if group else 8
-    return {"ROWS": rows, "CHUNK": chunk, "CHUNKS": chunks, "GROUP": group, "num_warps": warps_of(rows * chunk, held)}
+    held = 32 if chunks == 1 else 8
+    return {"ROWS": rows, "CHUNK": chunk, "CHUNKS": chunks, "num_warps": warps_of(rows * chunk, held)}
 
 
-def quantize_rows(x: Tensor, group: int, codes: Tensor, scales: Tensor, fp8: bool) -> None:
-    """A scale for each row of [B,M,N], of rows rotated by the Hadamard matrix of ``group`` unless that is 0."""
-    config = rows_config(x.shape[2], group)
+def quantize_rows(x: Tensor, codes: Tensor, scales: Tensor, fp8: bool) -> None:
+    """A scale for each row of [B,M,N]."""
+    config = rows_config(x.shape[2])
     if config is None:
         quantize_regions(x, 1, x.shape[2], codes, scales, fp8)
         return

@@ -42,16 +42,17 @@ def amax_and_matrices() -> Iterator[tuple[str, str, str, dict[str, str], dict[st
 
 
 def held() -> Iterator[tuple[str, str, str, dict[str, str], dict[str, Any]]]:
+    from lrq_kernels.triton.rotated_rows import rotated_rows_config
     from lrq_kernels.triton.scaled import blocks_config, rows_config
     from lrq_kernels.triton.unscaled import pieces_config
 
     kinds = {"FUSED": True, "HARDWARE": True}
     for columns in (*COLUMNS, 256):
-        yield f"rows {columns}", "scaled", "rows_kernel", {}, rows_config(columns, 0) | kinds | {"FP8": True}
-    yield "rows int8", "scaled", "rows_kernel", {}, rows_config(5120, 0) | kinds | {"FP8": False}
+        yield f"rows {columns}", "scaled", "rows_kernel", {}, rows_config(columns) | kinds | {"FP8": True}
+    yield "rows int8", "scaled", "rows_kernel", {}, rows_config(5120) | kinds | {"FP8": False}
     for columns, group in ((4096, 256), (5120, 256), (14336, 64), (20480, 16), (3072, 1024), (512, 4)):
-        config = rows_config(columns, group)
-        yield f"rotated rows {columns} {group}", "scaled", "rows_kernel", {}, config | kinds | {"FP8": False}
+        config = rotated_rows_config(columns, group) | {"FUSED": True}
+        yield f"rotated rows {columns} {group}", "rotated_rows", "rotated_rows_kernel", {}, config
     for block in (128, 32, 10):
         yield f"blocks {block}", "scaled", "blocks_kernel", {}, blocks_config(block, 40) | kinds | {"FP8": True}
         pieces = pieces_config(block, 40) | {"FP8": True, "HARDWARE": True}
