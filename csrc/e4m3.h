@@ -35,8 +35,8 @@ LRQ_INLINE uint32_t encode_e4m3x2(float high, float low) {
 #endif
 }
 
-// Value of any of the 256 codes.
-LRQ_INLINE float decode_signed_e4m3(uint32_t code) {
+// Value of any of the 256 codes, without a conversion in hardware.
+LRQ_INLINE float decode_e4m3_bits(uint32_t code) {
     const uint32_t unsigned_code = code & 0x7fu;
     const uint32_t finite = to_bits(decode_e4m3(unsigned_code));
     return from_bits((unsigned_code == 0x7fu ? 0x7fc00000u : finite) | (code & 0x80u) << 24);
@@ -50,8 +50,19 @@ LRQ_INLINE void decode_e4m3x2(uint32_t codes, float& high, float& low) {
     low = widen(Float16{static_cast<uint16_t>(halves)});
     high = widen(Float16{static_cast<uint16_t>(halves >> 16)});
 #else
-    low = decode_signed_e4m3(codes & 0xffu);
-    high = decode_signed_e4m3(codes >> 8 & 0xffu);
+    low = decode_e4m3_bits(codes & 0xffu);
+    high = decode_e4m3_bits(codes >> 8 & 0xffu);
+#endif
+}
+
+// Value of any of the 256 codes.
+LRQ_INLINE float decode_signed_e4m3(uint32_t code) {
+#ifdef LRQ_CVT_E4M3
+    float high, low;
+    decode_e4m3x2(code, high, low);
+    return low;
+#else
+    return decode_e4m3_bits(code);
 #endif
 }
 

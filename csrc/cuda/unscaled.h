@@ -15,6 +15,12 @@ struct Tiling {
     // Whether a vector has one scale.
     bool uniform;
     int64_t tiles_across, tiles;
+
+    // From the start of a row to that of another; in aligned kernels 32 bits hold a stride.
+    template <bool kAligned>
+    static __device__ __forceinline__ int64_t apart(uint32_t rows, int64_t stride) {
+        return kAligned ? static_cast<int64_t>(uint64_t{rows} * static_cast<uint32_t>(stride)) : rows * stride;
+    }
 };
 
 template <class Codec, class T, bool kAligned>
@@ -34,9 +40,9 @@ __global__ void __launch_bounds__(kUnscaledThreads) values_kernel(Scaled layout,
         const uint32_t index = first + j * kUnscaledThreads;
         rows[j] = tiling.across.quotient(index);
         columns[j] = tiling.across.remainder(index, rows[j]) * kVector;
-        row_scales[j] = scales + tiling.tile_rows.quotient(rows[j]) * tiling.tiles_across;
+        row_scales[j] = scales + Tiling::apart<kAligned>(tiling.tile_rows.quotient(rows[j]), tiling.tiles_across);
         if (index < vectors) {
-            held[j] = load_vector<kAligned>(source + rows[j] * layout.x.row_stride + columns[j],
+            held[j] = load_vector<kAligned>(source + Tiling::apart<kAligned>(rows[j], layout.x.row_stride) + columns[j],
                                             layout.x.columns - columns[j]);
             first_scales[j] = __ldg(row_scales[j] + tiling.tile_columns.quotient(columns[j]));
         }
@@ -48,7 +54,7 @@ __global__ void __launch_bounds__(kUnscaledThreads) values_kernel(Scaled layout,
         float values[kVector];
         Codec::unpack(held[j].words[0], values);
         Codec::unpack(held[j].words[1], values + 4);
-        T* const target = out + rows[j] * layout.x.columns + columns[j];
+        T* const target = out + Tiling::apart<kAligned>(rows[j], layout.x.columns) + columns[j];
         if constexpr (kAligned) {
 #pragma unroll
             for (int i = 0; i < kVector; ++i) values[i] *= first_scales[j];
@@ -78,7 +84,8 @@ template <class Codec, class T>
 void dequantize_as(const Scaled& layout, uintptr_t stream, const char* operation) {
     const Matrix& x = layout.x;
     const Tiling tiling = tiling_of(layout, operation);
-    const bool aligned = is_aligned_throughout<uint8_t>(x) && tiling.uniform && is_multiple(layout.out, sizeof(uint4));
+    const bool aligned = is_aligned_throughout<uint8_t>(x) && tiling.uniform && is_multiple(layout.out, sizeof(uint4)) &&
+                         x.row_stride <= std::numeric_limits<uint32_t>::max();
     const int64_t vectors = (x.columns + kVector - 1) / kVector * x.rows;
     constexpr int64_t kShare = kUnscaledThreads * kUnscaledVectors;
     require(vectors <= std::numeric_limits<int32_t>::max() - kShare,

@@ -13,8 +13,8 @@ from lrq_kernels.triton.launch import INTERPRETED, warps_of
 
 _CHUNK, _MOST_CHUNKS = 4096, 5
 _ROWS_WEIGHTS = 2048
-_HELD, _MOST_HELD = 32, 96
-"""Weights of a thread: of a chunk, and at most in all of them; more spill."""
+_HELD = 64
+"""Weights of a thread, about: fewer wait for more of shared memory, more spill."""
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def rotated_rows_config(columns: int, group: int) -> dict[str, int] | None:
     if chunks > _MOST_CHUNKS:
         return None
     rows = max(_ROWS_WEIGHTS // chunk, 1) if chunks == 1 else 1
-    held = _HELD if _HELD * chunks <= _MOST_HELD else _HELD // 2
+    held = _HELD if chunks == 1 else _HELD // 2 if chunks <= 3 else _HELD // 4
     return {"ROWS": rows, "CHUNK": chunk, "CHUNKS": chunks, "GROUP": group, "num_warps": warps_of(rows * chunk, held)}
 
 

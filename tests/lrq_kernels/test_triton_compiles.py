@@ -11,6 +11,7 @@ import pytest
 from test_triton import compiled, compiles, resource_usage
 
 COLUMNS = (3072, 5120, 14336)
+ROTATED = tuple((columns, group) for columns in (1024, 4096) for group in (16, 64, 256, 1024))
 STEPS = {
     "values": "*bf16",
     "gradient": "*fp32",
@@ -50,7 +51,7 @@ def held() -> Iterator[tuple[str, str, str, dict[str, str], dict[str, Any]]]:
     for columns in (*COLUMNS, 256):
         yield f"rows {columns}", "scaled", "rows_kernel", {}, rows_config(columns) | kinds | {"FP8": True}
     yield "rows int8", "scaled", "rows_kernel", {}, rows_config(5120) | kinds | {"FP8": False}
-    for columns, group in ((4096, 256), (5120, 256), (14336, 64), (20480, 16), (3072, 1024), (512, 4)):
+    for columns, group in (*ROTATED, (5120, 256), (14336, 64), (20480, 16), (3072, 1024), (512, 4)):
         config = rotated_rows_config(columns, group) | {"FUSED": True}
         yield f"rotated rows {columns} {group}", "rotated_rows", "rotated_rows_kernel", {}, config
     for block in (128, 32, 10):
