@@ -136,8 +136,9 @@ def run_plan(
                 scale = _scale_of_all(quantizer, tiles, loads, conveyor) if tiles[0].needs_scale else None
                 # The matrix's scale was computed on the stream of this thread.
                 begin = workers.submit if scale is None else workers.call_here
-                for _ in tiles:
-                    call = begin(_run_tile, quantizer, next(loads), scale, known, conveyor, writer)
+                for tile in tiles:
+                    load = _next(loads, tile, QUANTIZE)
+                    call = begin(_run_tile, quantizer, load, scale, known, conveyor, writer)
                     underway[-1].tiles.append(call)
             land(wait=False)
         for _ in loads:
@@ -168,11 +169,19 @@ def _is_finished(layer: Layer, writer: Writer) -> bool:
     return all(f"{layer.name}.{suffix}" in writer.finished for suffix in suffixes)
 
 
+def _next(loads: Iterator[Load], tile: Tile, purpose: str) -> Load:
+    """The next that was read, which must be this: a layer must never take what belongs to another."""
+    load = next(loads)
+    if load.tile is not tile or load.purpose != purpose:
+        raise AssertionError(f"{load.tile.layer.name} was read where {tile.layer.name} was planned")
+    return load
+
+
 def _scale_of_all(quantizer: _Quantizer, tiles: Sequence[Tile], loads: Iterator[Load], conveyor: Conveyor) -> Tensor:
     """The scale of a matrix that is read once for it, tile by tile."""
     largest = 0.0
-    for _ in tiles:
-        load = next(loads)
+    for tile in tiles:
+        load = _next(loads, tile, MEASURE)
         largest = max(largest, quantizer.largest(load))
         conveyor.release(load)
     return quantizer.scale_of(tiles[0].layer, largest)

@@ -34,6 +34,7 @@ class Plan:
     """Decisions and the exact layout of the output."""
 
     layers: tuple[Layer, ...]
+    """In the order of the source."""
     kept: dict[str, str]
     """Reason by tensor, for weights that stay as they are though they look like linear layers, and all the others."""
     refused: dict[str, str]
@@ -86,7 +87,9 @@ def make_plan(source: Reader, conversion: Conversion, allow_empty: bool = False)
         if not decisions.layers and not allow_empty:
             reasons = _why_none(source, decisions.kept, decisions.refused)
             raise InputError(f"{source.path}: no layer can be quantized ({reasons})")
-        return _assemble(source, conversion, tuple(decisions.layers), decisions)
+        # Decided model by model, read in the order of the file.
+        layers = sorted(decisions.layers, key=lambda layer: layer.source.begin)
+        return _assemble(source, conversion, tuple(layers), decisions)
 
 
 def _refuse_legacy(source: Reader) -> None:

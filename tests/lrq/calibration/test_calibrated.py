@@ -134,6 +134,22 @@ def test_layers_without_statistics_are_as_without_calib(tmp_path: Path, source: 
         assert run("verify", tmp_path / "out.safetensors", "--source", source).exit_code == 0
 
 
+def test_each_layer_of_two_models_has_its_own_statistics(tmp_path: Path) -> None:
+    """The float32 of a text encoder comes first in a file, its model last among those that are decided on."""
+    weights = {
+        "model.diffusion_model.blocks.0.attn.weight": normal(128, 64, seed=1).bfloat16(),
+        "text_encoders.x.blocks.0.q.weight": normal(128, 64, seed=2),
+    }
+    stats = {name.removesuffix(".weight"): inputs(300, 64, seed=i) for i, name in enumerate(weights)}
+    flags = ("--nvfp4", "--preset", "none", "--num_iter", 20, "--calib", save_for(tmp_path / "stats", stats))
+    learned(save(tmp_path / "both", weights), tmp_path / "out", *flags)
+    both = load(tmp_path / "out").tensors
+    for name, weight in weights.items():
+        learned(save(tmp_path / "one", {name: weight}), tmp_path / "alone", *flags, "--restart")
+        for tensor, value in load(tmp_path / "alone").tensors.items():
+            assert same_bytes(value, both[tensor]), tensor
+
+
 def test_diagonals_alone_leave_the_choice_to_the_discrete_solver(tmp_path: Path, source: Path) -> None:
     stats = save_for(tmp_path / "s.safetensors", samples(), "simulated", gram_limit=1, rank=0)
     said = learned(source, tmp_path / "out.safetensors", "--nvfp4", "--calib", stats, "--verbose")

@@ -78,6 +78,18 @@ def test_tiles_of_any_size_give_the_same_bytes(source, cut_to, name, monkeypatch
     assert counts[0] > counts[-1] >= 8
 
 
+def test_models_of_a_file_are_cut_in_its_order(tmp_path, cut_to):
+    """The float32 of a text encoder comes first in a file, its model last among those that are decided on."""
+    tensors = {
+        "model.diffusion_model.blocks.0.attn.weight": (0.01 * normal(256, 64, seed=1)).bfloat16(),
+        "text_encoders.x.blocks.0.q.weight": normal(512, 64, seed=2),
+    }
+    source = save(tmp_path / "in.safetensors", tensors)
+    whole = converted(source, "whole", nvfp4=True, preset="none")
+    cut_to(100_000)
+    assert converted(source, "tiles", nvfp4=True, preset="none") == whole
+
+
 def test_experts_are_cut_for_learned_rounding_too(source, cut_to):
     def learned(name: str) -> bytes:
         output = source.with_name(name)
