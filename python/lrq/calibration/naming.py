@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from lrq.errors import counted, printable
+
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+"""Layers of an expert, as most checkpoints call them."""
+SPELLINGS = ((GATE, UP, DOWN), ("w1", "w3", "w2"), ("fc1", "fc3", "fc2"))
+"""How checkpoints call gate, up and down."""
+GATE_UP = "gate_up_proj"
+"""Gate and up of all experts in one tensor."""
 
 
 @dataclass(frozen=True)
@@ -53,3 +61,67 @@ def match_names(names: Collection[str], keys: Collection[str]) -> tuple[dict[str
     if rule == PrefixRule():
         return matched, ""
     return matched, f"names were matched {rule} ({counted(len(matched), 'layer')})"
+
+
+def expert_layers(count: int, gated: bool) -> list[str]:
+    """Layers of a module of experts, one by one: ``0.gate_proj``, ``0.up_proj``, ``0.down_proj``, ``1.…``"""
+    return [f"{expert}.{role}" for expert in range(count) for role in ((GATE, UP, DOWN) if gated else (UP, DOWN))]
+
+
+def fused_layers(gated: bool) -> list[str]:
+    """Layers of a module of experts, all experts together."""
+    return [GATE_UP if gated else UP, DOWN]
+
+
+def match_experts(
+    modules: Mapping[str, tuple[int, bool]], keys: Collection[str], rule: PrefixRule
+) -> dict[str, dict[str, str]]:
+    """Keys of the layers of modules of experts: ``mlp.experts.3.up_proj`` may be ``block_sparse_moe.experts.3.w3``.
+
+    Experts are looked for under the module's own name by the rule; else where the numbers in the name are the same, as
+    of the block, the number of experts is, and nothing else is there that could be meant.
+
+    Args:
+        modules: number of experts and whether they have a gate, by name.
+        keys: of the checkpoint, without ``.weight``.
+
+    Returns:
+        Keys by layer, by module: of :func:`expert_layers`, or of :func:`fused_layers` where the checkpoint has all
+        experts in one tensor; none where it has no such layers.
+    """
+    known, tails = frozenset(keys), defaultdict[str, dict[int, set[str]]](lambda: defaultdict(set))
+    for key in keys:
+        if one := re.fullmatch(r"(.+)\.(\d+)\.(\w+)", key):
+            tails[one[1]][int(one[2])].add(one[3])
+    near = defaultdict[tuple[str, ...], list[str]](list)
+    for place in sorted({*tails, *(key.removesuffix(f".{DOWN}") for key in keys if key.endswith(f".{DOWN}"))}):
+        near[_numbers(place)].append(place)
+    rivals = Counter(map(_numbers, modules))
+    matched: dict[str, dict[str, str]] = {}
+    for name, (count, gated) in modules.items():
+        own = rule(name) or name
+        found = _layers_at(own, count, gated, tails, known)
+        others = [_layers_at(place, count, gated, tails, known) for place in near[_numbers(own)]]
+        others = [one for one in others if one]
+        if not found and len(others) == 1 and rivals[_numbers(name)] == 1:
+            (found,) = others
+        matched[name] = found
+    return matched
+
+
+def _numbers(name: str) -> tuple[str, ...]:
+    return tuple(part for part in name.split(".") if part.isdecimal())
+
+
+def _layers_at(
+    place: str, count: int, gated: bool, tails: Mapping[str, Mapping[int, set[str]]], keys: Collection[str]
+) -> dict[str, str]:
+    """Keys by layer, where the checkpoint has such experts at a place; empty where it has none."""
+    there = tails.get(place, {})
+    for spelling in SPELLINGS if there.keys() == set(range(count)) else ():
+        if all(set(spelling if gated else spelling[1:]) <= one for one in there.values()):
+            known = dict(zip((GATE, UP, DOWN), spelling, strict=True))
+            layers = (layer.split(".") for layer in expert_layers(count, gated))
+            return {f"{expert}.{role}": f"{place}.{expert}.{known[role]}" for expert, role in layers}
+    fused = {layer: f"{place}.{layer}" for layer in fused_layers(gated)}
+    return fused if all(key in keys for key in fused.values()) else {}
