@@ -36,7 +36,8 @@ class Collector:
     """
 
     mask: Tensor | None = None
-    """bool [..]: tokens that count, of inputs [..,K] or [tokens,K] with as many; set it before each batch."""
+    """bool [..]: tokens that count, of inputs [..,K] with the same leading dimensions but for those of 1, or with these
+    in one; set it before each batch."""
 
     def __init__(
         self,
@@ -140,9 +141,11 @@ class Collector:
         return watch
 
     def _mask_of(self, x: Tensor) -> Tensor | None:
-        # Some layers get the tokens of all texts in one dimension.
-        shapes = () if self.mask is None else (self.mask.shape, (self.mask.numel(),))
-        return self.mask if x.shape[:-1] in shapes else None
+        if self.mask is None:
+            return None
+        # Some layers get the tokens of all texts in one dimension, or have one of 1 for heads.
+        shape, wanted = ([size for size in one if size != 1] for one in (x.shape[:-1], self.mask.shape))
+        return self.mask if shape in (wanted, [self.mask.numel()]) else None
 
     def _add(self, owner: str, x: Tensor, mask: Tensor | None, options: dict[str, int]) -> None:
         with self._lock:
