@@ -75,6 +75,9 @@ def calibrate(
     inputs.save(target, model=Path(folder).resolve().name, tokens=str(tokens))
     notices = [f"modules were matched {inputs.rule}"] if inputs.rule.strip or inputs.rule.add else []
     notices += _listed("not in the checkpoint:", inputs.unmatched) + _listed("saw no input:", inputs.unseen)
+    notices += (
+        [f"of the second moments of experts, which are many, {inputs.reduced} are kept"] if inputs.reduced else []
+    )
     notices += [f"experts of {printable(name)} are not collected: {why}" for name, why in inputs.refused.items()]
     blind = {name.removesuffix(SUFFIX) for name in experts}.difference(inputs.seen, inputs.unseen)
     notices += _listed("of experts have no statistics:", sorted(blind))

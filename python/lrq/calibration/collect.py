@@ -1,4 +1,4 @@
-"""Hooks that watch what flows into the linear layers of a torch module."""
+"""Hooks that watch what flows into the linear layers of a torch module, those of experts among them."""
 
 from __future__ import annotations
 
@@ -159,6 +159,14 @@ class Collector:
     def tokens(self) -> int:
         """The most that a layer saw."""
         return max((one.count for one in self._accumulators.values()), default=0)
+
+    @property
+    def reduced(self) -> str:
+        """What is kept of the second moments of experts that are too many for what was asked; else empty."""
+        if self._expert_options == self._options:
+            return ""
+        rank = self._expert_options["rank"]
+        return f"{rank} eigenpairs" if rank else "the diagonals alone"
 
     @property
     def seen(self) -> list[str]:

@@ -78,8 +78,8 @@ def match_experts(
 ) -> dict[str, dict[str, str]]:
     """Keys of the layers of modules of experts: ``mlp.experts.3.up_proj`` may be ``block_sparse_moe.experts.3.w3``.
 
-    Experts are looked for under the module's own name by the rule; else where the numbers in the name are the same, as
-    of the block, the number of experts is, and nothing else is there that could be meant.
+    Experts are looked for under the module's own name by the rule; one by one also where the numbers in the name are
+    the same, as of the block, the number of experts is, and nothing else is there that could be meant.
 
     Args:
         modules: number of experts and whether they have a gate, by name.
@@ -89,23 +89,25 @@ def match_experts(
         Keys by layer, by module: of :func:`expert_layers`, or of :func:`fused_layers` where the checkpoint has all
         experts in one tensor; none where it has no such layers.
     """
-    known, tails = frozenset(keys), defaultdict[str, dict[int, set[str]]](lambda: defaultdict(set))
+    experts = defaultdict[str, dict[int, set[str]]](lambda: defaultdict(set))
     for key in keys:
         if one := re.fullmatch(r"(.+)\.(\d+)\.(\w+)", key):
-            tails[one[1]][int(one[2])].add(one[3])
+            experts[one[1]][int(one[2])].add(one[3])
     near = defaultdict[tuple[str, ...], list[str]](list)
-    for place in sorted({*tails, *(key.removesuffix(f".{DOWN}") for key in keys if key.endswith(f".{DOWN}"))}):
+    for place in experts:
         near[_numbers(place)].append(place)
     rivals = Counter(map(_numbers, modules))
     matched: dict[str, dict[str, str]] = {}
     for name, (count, gated) in modules.items():
         own = rule(name) or name
-        found = _layers_at(own, count, gated, tails, known)
-        others = [_layers_at(place, count, gated, tails, known) for place in near[_numbers(own)]]
+        fused = {layer: f"{own}.{layer}" for layer in fused_layers(gated)}
+        others = [_one_by_one(place, experts[place], count, gated) for place in near[_numbers(own)]]
         others = [one for one in others if one]
-        if not found and len(others) == 1 and rivals[_numbers(name)] == 1:
-            (found,) = others
-        matched[name] = found
+        matched[name] = _one_by_one(own, experts.get(own, {}), count, gated)
+        if not matched[name] and all(key in keys for key in fused.values()):
+            matched[name] = fused
+        if not matched[name] and len(others) == 1 and rivals[_numbers(name)] == 1:
+            (matched[name],) = others
     return matched
 
 
@@ -113,15 +115,13 @@ def _numbers(name: str) -> tuple[str, ...]:
     return tuple(part for part in name.split(".") if part.isdecimal())
 
 
-def _layers_at(
-    place: str, count: int, gated: bool, tails: Mapping[str, Mapping[int, set[str]]], keys: Collection[str]
-) -> dict[str, str]:
-    """Keys by layer, where the checkpoint has such experts at a place; empty where it has none."""
-    there = tails.get(place, {})
-    for spelling in SPELLINGS if there.keys() == set(range(count)) else ():
-        if all(set(spelling if gated else spelling[1:]) <= one for one in there.values()):
+def _one_by_one(place: str, experts: Mapping[int, set[str]], count: int, gated: bool) -> dict[str, str]:
+    """Keys by layer, where the layers at a place are those of so many experts; empty where not."""
+    if experts.keys() != set(range(count)):
+        return {}
+    for spelling in SPELLINGS:
+        if all(set(spelling if gated else spelling[1:]) <= layers for layers in experts.values()):
             known = dict(zip((GATE, UP, DOWN), spelling, strict=True))
-            layers = (layer.split(".") for layer in expert_layers(count, gated))
-            return {f"{expert}.{role}": f"{place}.{expert}.{known[role]}" for expert, role in layers}
-    fused = {layer: f"{place}.{layer}" for layer in fused_layers(gated)}
-    return fused if all(key in keys for key in fused.values()) else {}
+            parts = (layer.split(".") for layer in expert_layers(count, gated))
+            return {f"{expert}.{role}": f"{place}.{expert}.{known[role]}" for expert, role in parts}
+    return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,6 +144,17 @@ def test_every_expert_is_converted_by_its_statistics(tmp_path: Path) -> None:
             assert f"{found[layer].count} tokens" in row
 
 
+def test_a_checkpoint_of_experts_in_one_tensor(tmp_path: Path) -> None:
+    """They are stored transposed, and no loader would find their scales: they stay as they are."""
+    folder = hf_models.make(tmp_path / "model", "gpt_oss")
+    found, said = calibrated(folder)
+    place = "model.layers.0.mlp.experts"
+    assert {layer for layer in found if place in layer} == {f"{place}.gate_up_proj", f"{place}.down_proj"}
+    assert found[f"{place}.gate_up_proj"].count == 2 * hf_models.TOKENS and len(said.splitlines()) == 1
+    result = run("convert", "-i", folder, "-o", tmp_path / "out.safetensors", "--nvfp4", "--calib", found.path)
+    assert result.exit_code == 0 and "the weight is stored transposed" in result.output, result.output
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_what_reaches_the_second_layer_gives_the_output(kind: type[nn.Module]) -> None:
     """The outputs of a module are those of the second layer for the inputs that were found."""
@@ -282,11 +294,23 @@ def _keys(place: str, count: int, parts: tuple[str, ...] = PLAIN) -> list[str]:
         (_keys("m.layers.7.moe.experts", 3), None),
         (_keys("m.layers.8.moe.experts", 2), None),
         (_keys("m.layers.7.moe.experts", 2, ("up_proj", "down_proj")), None),
+        (["m.layers.7.mlp.experts.gate_up_proj", "m.layers.7.mlp.experts.down_proj"], None),
+        (["m.layers.7.shared_experts.gate_up_proj", "m.layers.7.shared_experts.down_proj"], None),
     ],
 )
 def test_names_of_experts_become_keys(keys: list[str], found: str | None) -> None:
     matched = match_experts({"layers.7.mlp.experts": (2, True)}, keys, PrefixRule("", "m."))
     assert matched["layers.7.mlp.experts"].get("1.down_proj") == found
+
+
+def test_experts_without_a_gate_are_no_shared_experts() -> None:
+    parts = ("up_proj", "down_proj")
+    keys = [
+        *_keys("backbone.layers.1.mixer.experts", 2, parts),
+        *(f"backbone.layers.1.mixer.shared.{p}" for p in parts),
+    ]
+    found = match_experts({"model.layers.1.mixer.experts": (2, False)}, keys, PrefixRule())
+    assert set(found["model.layers.1.mixer.experts"].values()) == set(keys[:4])
 
 
 def test_of_two_modules_with_the_same_numbers_none_is_guessed() -> None:
@@ -302,3 +326,11 @@ def test_second_moments_of_many_experts_are_bounded() -> None:
     some = bounded(options, [4096] * 256 + [14336] * 256)
     assert some["gram_limit"] == 0 and FEWEST <= some["rank"] < 512
     assert bounded({"gram_limit": 0, "rank": 0}, [2048] * 6144) == {"gram_limit": 0, "rank": 0}
+
+
+def test_what_is_kept_of_many_experts_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collector = import_module("lrq.calibration.collect")
+    monkeypatch.setattr(collector, "bounded", lambda options, widths: bounded(options, widths, 1000))
+    found, said = calibrated(hf_models.make(tmp_path / "model", "qwen3_moe"))
+    assert "second moments of experts, which are many, the diagonals alone are kept" in said
+    assert found["model.layers.0.mlp.experts.0.up_proj"].gram is None and found["lm_head"].gram is not None
