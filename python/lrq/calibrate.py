@@ -18,7 +18,7 @@ from lrq.checkpoint.header import Entry
 from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.target import check_targets, target_of
 from lrq.errors import InputError, counted, listed, printable
-from lrq.models.policy import SUFFIX
+from lrq.models.policy import FLOAT_DTYPES, SUFFIX
 from lrq.selection.simulated import NORMS, SimulatedInputs
 
 BATCH = 16
@@ -86,9 +86,8 @@ def calibrate(
 
 def _is_expert(entry: Entry) -> bool:
     """Whether a tensor is a layer of an expert, or of all experts together, whose name may end without ``.weight``."""
-    return "experts." in entry.name and (
-        len(entry.shape) == 3 or (len(entry.shape) == 2 and entry.name.endswith(SUFFIX))
-    )
+    together = len(entry.shape) == 3 and entry.dtype in FLOAT_DTYPES
+    return "experts." in entry.name and (together or (len(entry.shape) == 2 and entry.name.endswith(SUFFIX)))
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -189,15 +189,18 @@ def test_an_expert_that_no_token_reached_has_no_statistics(kind: type[nn.Module]
     assert stats[f"experts.3.{parts[0]}"] is one
 
 
-def test_padding_goes_to_no_expert() -> None:
-    model, x = Model(), normal(2, 3, HIDDEN)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_padding_goes_to_no_expert(device: str) -> None:
+    model, x = Model(), normal(2, 3, HIDDEN).to(device)
+    model.experts.to(device)
+    model.index, model.shares = model.index.to(device), model.shares.to(device)
     with collect(model) as inputs:
         inputs.mask = torch.tensor([[True, True, False], [True, False, False]])
         model(x)
     # Tokens 0, 1 and 3 go to experts 0 and 1, 3 and 0, 0 and 3.
     counts = {name: one.count for name, one in inputs.stats().items()}
     assert counts == {f"experts.{e}.{part}": n for e, n in ((0, 3), (1, 1), (3, 2)) for part in PLAIN}
-    torch.testing.assert_close(inputs.stats()["experts.1.up_proj"].mean, x[0, 0].double())
+    torch.testing.assert_close(inputs.stats()["experts.1.up_proj"].mean, x[0, 0].double().cpu())
 
 
 def test_arguments_may_have_names_and_numbers_of_others() -> None:
