@@ -17,8 +17,8 @@ from lrq.calibration.stats import SIMULATED, save_stats
 from lrq.checkpoint.header import Entry
 from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.target import check_targets, target_of
-from lrq.errors import InputError, counted, listed
-from lrq.models.policy import SUFFIX
+from lrq.errors import InputError, counted, listed, printable
+from lrq.models.policy import FLOAT_DTYPES, SUFFIX
 from lrq.selection.simulated import NORMS, SimulatedInputs
 
 BATCH = 16
@@ -58,8 +58,8 @@ def calibrate(
     check_targets([target], [texts, *Path(folder).glob("*.safetensors")])
     lines = _lines(Path(texts))
     with Reader(folder) as reader:
-        keys = [entry.name for entry in reader.entries.values() if entry.name.endswith(SUFFIX)]
-        experts = [entry.name.removesuffix(SUFFIX) for entry in reader.entries.values() if _is_expert(entry)]
+        experts = [entry.name for entry in reader.entries.values() if _is_expert(entry)]
+        keys = {*experts, *(entry.name for entry in reader.entries.values() if entry.name.endswith(SUFFIX))}
     text = load_text_model(Path(folder), device)
     tokens, together = 0, BATCH if text.pads else 1
     with collect(text.model, keys=text.keys(keys)) as inputs, torch.inference_mode():
@@ -75,13 +75,19 @@ def calibrate(
     inputs.save(target, model=Path(folder).resolve().name, tokens=str(tokens))
     notices = [f"modules were matched {inputs.rule}"] if inputs.rule.strip or inputs.rule.add else []
     notices += _listed("not in the checkpoint:", inputs.unmatched) + _listed("saw no input:", inputs.unseen)
-    blind = sorted(set(experts) - set(inputs.stats()))
-    notices += _listed("of experts, which transformers runs together, have no statistics:", blind)
-    return Calibrated(target, len(inputs.stats()), tokens, notices)
+    notices += (
+        [f"of the second moments of experts, which are many, {inputs.reduced} are kept"] if inputs.reduced else []
+    )
+    notices += [f"experts of {printable(name)} are not collected: {why}" for name, why in inputs.refused.items()]
+    blind = {name.removesuffix(SUFFIX) for name in experts}.difference(inputs.seen, inputs.unseen)
+    notices += _listed("of experts have no statistics:", sorted(blind))
+    return Calibrated(target, len(inputs.seen), tokens, notices)
 
 
 def _is_expert(entry: Entry) -> bool:
-    return "experts." in entry.name and len(entry.shape) in (2, 3)
+    """Whether a tensor is a layer of an expert, or of all experts together, whose name may end without ``.weight``."""
+    together = len(entry.shape) == 3 and entry.dtype in FLOAT_DTYPES
+    return "experts." in entry.name and (together or (len(entry.shape) == 2 and entry.name.endswith(SUFFIX)))
 
 
 def _lines(path: Path) -> Iterator[str]:

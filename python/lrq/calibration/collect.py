@@ -1,11 +1,11 @@
-"""Hooks that watch what flows into the linear layers of a torch module."""
+"""Hooks that watch what flows into the linear layers of a torch module, those of experts among them."""
 
 from __future__ import annotations
 
 import os
 import re
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lrq.calibration.accumulator import GRAM_LIMIT, RANK, Accumulator
+from lrq.calibration.experts import Experts, Route, bounded, find_experts
 from lrq.calibration.inputs import InputStats
-from lrq.calibration.naming import PrefixRule, prefix_rule
+from lrq.calibration.naming import PrefixRule, match_experts, prefix_rule
 from lrq.calibration.stats import MEASURED, save_stats
 from lrq.errors import InputError, printable
 
@@ -28,10 +29,15 @@ class Collector:
     A layer is a module whose ``weight`` acts linearly on its first input: [N,K] of ``nn.Linear`` and what is like it,
     [K,N] of transformers' ``Conv1D`` (noted as transposed), [E,N,K] of a bank of experts, whose inputs count together.
     Modules that share one weight see the inputs of all of them.
+
+    Of a module that runs many experts (:mod:`lrq.calibration.experts`) every expert's layers are layers:
+    ``mlp.experts.3.gate_proj`` and ``up_proj`` see the tokens that go to expert 3, ``down_proj`` what becomes of them.
+    Where the checkpoint has all experts in one tensor, their inputs count together.
     """
 
     mask: Tensor | None = None
-    """bool [..]: tokens that count, of inputs [..,K] with the same leading dimensions; set it before each batch."""
+    """bool [..]: tokens that count, of inputs [..,K] with the same leading dimensions but for those of 1, or with these
+    in one; set it before each batch."""
 
     def __init__(
         self,
@@ -44,11 +50,10 @@ class Collector:
         rank: int = RANK,
     ) -> None:
         chosen = _test_of(layers)
-        if _is_linear(model) and chosen(""):
+        experts, refused = find_experts(model)
+        if (_is_linear(model) or "" in experts) and chosen(""):
             raise InputError("the model is a single layer, which has no name; put it into a module")
         self._modules = {name: module for name, module in model.named_modules() if _is_linear(module) and chosen(name)}
-        if not self._modules:
-            raise InputError("the model has no linear layer of these names to collect inputs of")
         self._device, self._options = device, {"gram_limit": gram_limit, "rank": rank}
         # Weights may be replaced while the model runs, where they are offloaded; who shares one is known now.
         first: dict[int, str] = {}
@@ -59,14 +64,38 @@ class Collector:
         self.rule, self.unmatched = PrefixRule(), list[str]()
         """How names of modules become keys of the checkpoint, and modules that are none of its layers."""
         self._keys = {name: name for name in self._modules}
+        self._routes: list[Route] = []
+        self.refused = {name: why for name, why in refused.items() if chosen(name)}
+        """Modules of experts that are not collected, or only in part, and why."""
+        layers = {name: {one: f"{name}.{one}" for one in each.layers} for name, each in experts.items()}
         if keys is not None:
-            self._match(frozenset(key.removesuffix(".weight") for key in keys))
+            layers = self._match(frozenset(key.removesuffix(".weight") for key in keys), experts)
+        for name, found in layers.items():
+            if not found and chosen(name):
+                self.refused[name] = "the checkpoint has no layers of theirs under a name that is known"
+            self._watch_experts(
+                name, experts[name], {one: key for one, key in found.items() if chosen(f"{name}.{one}")}
+            )
+        if not self._owner:
+            raise InputError("the model has no linear layer of these names to collect inputs of")
+        widths = {owner: width for route in self._routes for owner, width in route.widths.items()}
+        self._expert_options = bounded(self._options, widths.values())
 
-    def _match(self, keys: frozenset[str]) -> None:
-        self.rule = prefix_rule(self._modules.keys(), keys)
+    def _match(self, keys: frozenset[str], experts: Mapping[str, Experts]) -> dict[str, dict[str, str]]:
+        names = {f"{name}.{one}" for name, each in experts.items() for one in (*each.layers, *each.fused_layers)}
+        self.rule = prefix_rule(names | self._modules.keys(), keys)
         renamed = {name: self.rule(name) for name in self._modules}
         self._keys = {name: key for name, key in renamed.items() if key is not None and key in keys}
         self.unmatched = [name for name in self._modules if name not in self._keys]
+        banks = {name: (each.count, each.gated) for name, each in experts.items()}
+        return match_experts(banks, keys.difference(self._keys.values()), self.rule)
+
+    def _watch_experts(self, name: str, experts: Experts, keys: Mapping[str, str]) -> None:
+        if keys:
+            route = Route.of(name, experts, keys)
+            self._routes.append(route)
+            self._owner |= route.owners
+            self._keys |= {f"{name}.{layer}": key for layer, key in keys.items()}
 
     def __enter__(self) -> Collector:
         if self._hooks:
@@ -74,6 +103,10 @@ class Collector:
         self._hooks = [
             module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
             for name, module in self._modules.items()
+        ]
+        self._hooks += [
+            route.experts.module.register_forward_pre_hook(self._expert_hook(route), with_kwargs=True)
+            for route in self._routes
         ]
         return self
 
@@ -90,23 +123,37 @@ class Collector:
             if isinstance(x, Tensor) and x.is_floating_point() and x.dim() and x.shape[-1] == _columns(module):
                 # What is added up must outlive inference mode.
                 with torch.inference_mode(False), torch.no_grad():
-                    self._add(self._owner[name], x)
+                    self._add(self._owner[name], x, self._mask_of(x), self._options)
 
         return watch
 
-    def _add(self, owner: str, x: Tensor) -> None:
-        with self._lock:
-            self._add_alone(owner, x)
+    def _expert_hook(self, route: Route) -> Callable[..., None]:
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            with torch.inference_mode(False), torch.no_grad():
+                for owner, x in route.inputs(args, kwargs, self.mask):
+                    if x is None:
+                        self.refused[route.module] = (
+                            "their weights are offloaded, and inputs of down_proj are not known"
+                        )
+                    else:
+                        self._add(owner, x, None, self._expert_options)
 
-    def _add_alone(self, owner: str, x: Tensor) -> None:
-        accumulator = self._accumulators.get(owner)
-        if accumulator is None:
-            accumulator = self._accumulators[owner] = Accumulator(x.shape[-1], **self._options)
-        masked = self.mask is not None and self.mask.shape == x.shape[:-1]
-        mask = self.mask.to(x.device) if masked and self.mask is not None else None
-        if self._device is not None:
-            x, mask = x.to(self._device), None if mask is None else mask.to(self._device)
-        accumulator.update(x, mask)
+        return watch
+
+    def _mask_of(self, x: Tensor) -> Tensor | None:
+        if self.mask is None:
+            return None
+        # Some layers get the tokens of all texts in one dimension, or have one of 1 for heads.
+        shape, wanted = ([size for size in one if size != 1] for one in (x.shape[:-1], self.mask.shape))
+        return self.mask if shape in (wanted, [self.mask.numel()]) else None
+
+    def _add(self, owner: str, x: Tensor, mask: Tensor | None, options: dict[str, int]) -> None:
+        with self._lock:
+            accumulator = self._accumulators.get(owner)
+            if accumulator is None:
+                accumulator = self._accumulators[owner] = Accumulator(x.shape[-1], **options)
+            device = x.device if self._device is None else self._device
+            accumulator.update(x.to(device), None if mask is None else mask.to(device))
 
     @property
     def tokens(self) -> int:
@@ -114,12 +161,26 @@ class Collector:
         return max((one.count for one in self._accumulators.values()), default=0)
 
     @property
-    def unseen(self) -> list[str]:
-        """Keys of layers that saw no input."""
-        return [key for name, key in self._keys.items() if not self._seen(name)]
+    def reduced(self) -> str:
+        """What is kept of the second moments of experts that are too many for what was asked; else empty."""
+        if self._expert_options == self._options:
+            return ""
+        rank = self._expert_options["rank"]
+        return f"{rank} eigenpairs" if rank else "the diagonals alone"
 
-    def _seen(self, name: str) -> Accumulator | None:
-        return self._accumulators.get(self._owner[name])
+    @property
+    def seen(self) -> list[str]:
+        """Keys of layers that saw an input."""
+        return [key for name, key in self._keys.items() if self._saw(name)]
+
+    @property
+    def unseen(self) -> list[str]:
+        """Keys of layers that saw no input, as experts that no token went to."""
+        return [key for name, key in self._keys.items() if not self._saw(name)]
+
+    def _saw(self, name: str) -> bool:
+        accumulator = self._accumulators.get(self._owner[name])
+        return accumulator is not None and accumulator.count > 0
 
     def stats(self) -> dict[str, InputStats]:
         """What was seen so far, by key of the checkpoint.
@@ -127,13 +188,16 @@ class Collector:
         Raises:
             InputError: an input was not finite.
         """
-        found = {}
+        found: dict[str, InputStats] = {}
+        results: dict[str, InputStats | None] = {}
         for name, key in self._keys.items():
-            accumulator = self._seen(name)
-            try:
-                one = None if accumulator is None else accumulator.result()
-            except ValueError as error:
-                raise InputError(f"layer {printable(key)}: {error}; its statistics mean nothing") from None
+            owner = self._owner[name]
+            if owner not in results:
+                try:
+                    results[owner] = self._accumulators[owner].result() if self._saw(name) else None
+                except ValueError as error:
+                    raise InputError(f"layer {printable(key)}: {error}; its statistics mean nothing") from None
+            one = results[owner]
             if one is not None:
                 found[key] = one
         return found
@@ -144,7 +208,9 @@ class Collector:
         Raises:
             InputError: no layer saw an input, or the file can't be written.
         """
-        transposed = [key for name, key in self._keys.items() if _is_transposed(self._modules[name])]
+        names = [name for name, one in self._modules.items() if _is_transposed(one)]
+        names += [name for route in self._routes for name in route.transposed]
+        transposed = [self._keys[name] for name in names if name in self._keys]
         save_stats(path, self.stats(), MEASURED, **about, transposed="\n".join(transposed))
 
 
@@ -155,9 +221,12 @@ def collect(model: nn.Module, layers: Choice = None, **options: Any) -> Collecto
         model: any module; where it is called, in what dtype and on which device does not matter.
         layers: a regular expression, names or a test of names; all layers if absent.
         keys: names of a checkpoint's tensors, to which names of modules are matched by one prefix (``.rule``;
-            ``.unmatched`` lists the others); without it statistics are named as modules.
+            ``.unmatched`` lists the others), and modules of experts by their numbers as well (``.refused`` lists
+            those that are not collected); without it statistics are named as modules, and layers of experts
+            ``experts.3.gate_proj``, ``up_proj`` and ``down_proj``.
         device: where sums are kept; where the inputs are, if absent.
-        gram_limit, rank: as of :class:`~lrq.calibration.accumulator.Accumulator`.
+        gram_limit, rank: as of :class:`~lrq.calibration.accumulator.Accumulator`; of experts as much of it as fits
+            into 8 GiB together.
 
     Raises:
         InputError: no such layer, or a bad regular expression.

@@ -32,6 +32,24 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4}
         | {"moe_intermediate_size": 16, "num_experts_per_tok": 2},
     ),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**SIZES, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {**SIZES, "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2}
+        | {"topk_group": 2, "first_k_dense_replace": 0, "moe_intermediate_size": 16, "kv_lora_rank": 16}
+        | {"q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**SIZES, "num_key_value_heads": 2, "num_local_experts": 4}),
 }
 """Class, class of the config, and settings."""
