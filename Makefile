@@ -6,7 +6,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test test-gpu lint format clean
+.PHONY: demo test test-gpu sanitize lint format clean
 
 $(VENV)/.installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,10 @@ test: $(VENV)/.installed-test lint
 
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m gpu
+
+# compute-sanitizer comes with CUDA.
+sanitize: $(VENV)/.installed
+	$(BIN)/python benchmarks/sanitize_kernels.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
