@@ -30,7 +30,7 @@ inline int64_t most_parts(int64_t batch) { return std::max<int64_t>(kMostParts /
 
 // Vectors are numbered from row to row. `kParts`: each thread block tells what it found in a place of its own; else the
 // largest is kept in `most`, which starts as zeros: the order of the bits is that of the magnitudes.
-template <class T, bool kAligned, bool kParts>
+template <class T, Way kWay, bool kParts>
 __global__ void __launch_bounds__(kAmaxThreads, 2)
     amax_kernel(Matrix x, Divisor across, uint32_t vectors, float* most) {
     await_predecessor();
@@ -44,9 +44,8 @@ __global__ void __launch_bounds__(kAmaxThreads, 2)
 #pragma unroll
         for (int j = 0; j < kAmaxVectors<T>; ++j) {
             const uint32_t index = first + j * kAmaxThreads + threadIdx.x;
-            const uint32_t row = across.quotient(index), column = across.remainder(index, row) * kVector;
-            if (index < vectors)
-                held[j] = load_vector<kAligned>(source + row * x.row_stride + column, x.columns - column);
+            const Spot spot = spot_of<kWay>(index, across, x.row_stride, x.columns);
+            if (index < vectors) held[j] = load_vector<kWay != Way::kAny>(source + spot.offset, spot.left);
         }
 #pragma unroll
         for (int j = 0; j < kAmaxVectors<T>; ++j) largest = most_of(held[j], largest);
@@ -67,10 +66,10 @@ uint32_t launch_amax(const Matrix& x, float* most, uintptr_t stream, const char*
     require(vectors <= std::numeric_limits<int32_t>::max() - kMostParts * kShare,
             std::string(operation) + ": the matrix is too large for one launch");
     const int64_t parts = std::min((vectors + kShare - 1) / kShare, most_parts(x.batch));
-    const bool aligned = is_aligned_throughout<T>(x);
-    const auto kernel = aligned ? amax_kernel<T, true, kParts> : amax_kernel<T, false, kParts>;
-    launch(operation, kernel, batch_grid(parts, x.batch, operation), dim3(kAmaxThreads), stream, x,
-           Divisor(across, operation), static_cast<uint32_t>(vectors), most);
+    with_way(way_of<T>(x), [&](auto way) {
+        launch(operation, amax_kernel<T, decltype(way)::value, kParts>, batch_grid(parts, x.batch, operation),
+               dim3(kAmaxThreads), stream, x, Divisor(across, operation), static_cast<uint32_t>(vectors), most);
+    });
     return static_cast<uint32_t>(parts);
 }
 

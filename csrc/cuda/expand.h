@@ -33,12 +33,12 @@ struct Expanding {
     static constexpr int kLanes = kTileWidth / kVector;
     static constexpr int kAside = kLanes < 32 ? 32 / kLanes : 1;
     // Tiles of a thread: what it takes to find its rows is shared by them.
-    static constexpr int kTimes = 2;
+    static constexpr int kTimes = Format::kBits == 4 ? 2 : 1;
     using Place = cuda::Place<kExpandThreads, kLanes, kAside, kTimes>;
 };
 
-// `Format` holds kBlock, kBits (of a code), scale(byte, tensor_scale) and decode(words, values). kAligned: every vector is
-// whole, and lies at a multiple of its size.
+// `Format` holds kBlock, kBits (of a code), scale(byte, tensor_scale) and decode(words, values). kAligned: every vector
+// is whole, and lies at a multiple of its size.
 template <class Format, class T, bool kAligned>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout) {
     await_predecessor();

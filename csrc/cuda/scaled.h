@@ -67,37 +67,36 @@ struct Whole {
     Divisor across;
     uint32_t vectors;
 
-    template <bool kAligned, class T>
+    // Beyond the last vector a thread holds that one again: loads without branches follow each other.
+    template <Way kWay, class T>
     __device__ __forceinline__ void load(int64_t matrix, uint32_t share, Share<T>& held) const {
         const T* const source = static_cast<const T*>(of.x.data) + matrix * of.x.batch_stride;
 #pragma unroll
         for (int j = 0; j < Share<T>::kHeld; ++j) {
             const uint32_t index = share * (kScaledThreads * Share<T>::kHeld) + j * kScaledThreads + threadIdx.x;
-            const uint32_t row = across.quotient(index), column = across.remainder(index, row) * kVector;
-            held.vectors[j] =
-                index < vectors ? load_vector<kAligned>(source + row * of.x.row_stride + column, of.x.columns - column)
-                                : Vector<T>{};
+            const Spot spot = spot_of<kWay>(min(index, vectors - 1), across, of.x.row_stride, of.x.columns);
+            held.vectors[j] = load_vector<kWay != Way::kAny>(source + spot.offset, spot.left);
         }
     }
 
-    template <class Codec, bool kBounded, bool kAligned, class T>
+    template <class Codec, bool kBounded, Way kWay, class T>
     __device__ __forceinline__ void store(int64_t matrix, uint32_t share, const Share<T>& held, float scale) const {
         const typename Codec::Quotient quotient(scale, __uint_as_float(held.most()));
         uint8_t* const out = static_cast<uint8_t*>(of.out) + matrix * of.x.rows * of.x.columns;
 #pragma unroll
         for (int j = 0; j < Share<T>::kHeld; ++j) {
             const uint32_t index = share * (kScaledThreads * Share<T>::kHeld) + j * kScaledThreads + threadIdx.x;
-            const uint32_t row = across.quotient(index), column = across.remainder(index, row) * kVector;
+            const Spot spot = spot_of<kWay>(index, across, of.x.columns, of.x.columns);
             if (index < vectors)
-                store_codes<kAligned>(out + row * of.x.columns + column,
-                                      encode<Codec, kBounded>(held.vectors[j], quotient, scale), of.x.columns - column);
+                store_codes<kWay != Way::kAny>(out + spot.offset,
+                                               encode<Codec, kBounded>(held.vectors[j], quotient, scale), spot.left);
         }
     }
 };
 
 // The scale is given, or comes from the amax. The pass that found it left the end of the matrix in L2: this one starts
 // there.
-template <class Codec, class T, bool kAligned>
+template <class Codec, class T, Way kWay>
 __global__ void __launch_bounds__(kScaledThreads, kScaledBlocks) matrix_kernel(Whole layout, Found found) {
     await_predecessor();
     const int64_t matrix = batch_index();
@@ -105,13 +104,13 @@ __global__ void __launch_bounds__(kScaledThreads, kScaledBlocks) matrix_kernel(W
     const float* const given = layout.of.given;
     const uint32_t share = given ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     Share<T> held;
-    layout.load<kAligned>(matrix, share, held);
+    layout.load<kWay>(matrix, share, held);
     const float scale = given ? given[matrix * layout.of.given_stride] : Codec::scale(found.of(matrix), true);
     if (blockIdx.x == 0 && threadIdx.x == 0) layout.of.scales[matrix] = scale;
     if (given)
-        layout.store<Codec, false, kAligned>(matrix, share, held, scale);
+        layout.store<Codec, false, kWay>(matrix, share, held, scale);
     else
-        layout.store<Codec, true, kAligned>(matrix, share, held, scale);
+        layout.store<Codec, true, kWay>(matrix, share, held, scale);
 }
 
 // A thread block, or a warp, for each tile, a row or a square block, which it holds; of a tile too large for that it
@@ -198,8 +197,10 @@ void quantize_whole(const Scaled& layout, bool aligned, const std::optional<Tens
     const Whole whole{layout, Divisor(vectors_in(x.columns), operation), static_cast<uint32_t>(vectors)};
     const int64_t shares = (vectors + kShare - 1) / kShare;
     const Found found = layout.given ? Found{} : find_amax<T>(x, *room, stream, operation);
-    launch(operation, aligned ? matrix_kernel<Codec, T, true> : matrix_kernel<Codec, T, false>,
-           batch_grid(shares, x.batch, operation), dim3(kScaledThreads), stream, whole, found);
+    with_way(aligned ? way_of<T>(x) : Way::kAny, [&](auto way) {
+        launch(operation, matrix_kernel<Codec, T, decltype(way)::value>, batch_grid(shares, x.batch, operation),
+               dim3(kScaledThreads), stream, whole, found);
+    });
 }
 
 template <class Codec, class T>

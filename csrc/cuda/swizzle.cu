@@ -87,8 +87,9 @@ void run(const Tensor& linear, const Tensor& tiles, uintptr_t stream, const char
             std::string(operation) + ": the tiles are too few");
     const bool tiles_aligned = is_multiple(tiles.data, sizeof(uint4));
     require(tiles_aligned || !kForth, std::string(operation) + ": the output must start at 16 bytes");
-    const bool aligned = tiles_aligned && is_multiple(x.data, sizeof(uint32_t)) && x.row_stride % sizeof(uint32_t) == 0 &&
-                         x.batch_stride % sizeof(uint32_t) == 0 && x.columns % kTileColumns == 0;
+    const bool aligned = tiles_aligned && is_multiple(x.data, sizeof(uint32_t)) &&
+                         x.row_stride % sizeof(uint32_t) == 0 && x.batch_stride % sizeof(uint32_t) == 0 &&
+                         x.columns % kTileColumns == 0;
     const dim3 grid(static_cast<unsigned>((layout.column_tiles + kTilesAside - 1) / kTilesAside),
                     static_cast<unsigned>(std::min(layout.row_tiles, kMaxGridY)),
                     static_cast<unsigned>(std::min(x.batch, kMaxGridY)));

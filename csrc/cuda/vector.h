@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "../matrix.h"
 #include "../minifloat.h"
@@ -117,19 +118,44 @@ __device__ __forceinline__ uint32_t narrow_pair(float high, float low, Float16) 
     return packed;
 }
 
-// Vectors that are whole and aligned.
-__device__ __forceinline__ void store_values(float* out, const float (&values)[kVector]) {
-#pragma unroll
-    for (int i = 0; i < kVector; i += 4)
-        *reinterpret_cast<float4*>(out + i) = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
-}
+// Of values as they are stored, `kWords` words.
+template <class T>
+struct Narrowed {
+    static constexpr int kWords = kVector * sizeof(T) / sizeof(uint32_t);
+    uint32_t words[kWords];
 
+    __device__ __forceinline__ explicit Narrowed(const float (&values)[kVector]) {
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+            if constexpr (sizeof(T) == sizeof(float))
+                words[i] = __float_as_uint(values[i]);
+            else
+                words[i] = narrow_pair(values[2 * i + 1], values[2 * i], T{});
+        }
+    }
+};
+
+// Vectors that are whole and aligned.
 template <class T>
 __device__ __forceinline__ void store_values(T* out, const float (&values)[kVector]) {
-    uint32_t words[kVector / 2];
+    const Narrowed<T> narrowed(values);
 #pragma unroll
-    for (int i = 0; i < kVector / 2; ++i) words[i] = narrow_pair(values[2 * i + 1], values[2 * i], T{});
-    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+    for (int i = 0; i < Narrowed<T>::kWords; i += 4)
+        reinterpret_cast<uint4*>(out)[i / 4] =
+            make_uint4(narrowed.words[i], narrowed.words[i + 1], narrowed.words[i + 2], narrowed.words[i + 3]);
+}
+
+// Without a branch, past which ptxas 13 would move the loads of what is stored.
+template <class T>
+__device__ __forceinline__ void store_values_if(bool present, T* out, const float (&values)[kVector]) {
+    const Narrowed<T> narrowed(values);
+#pragma unroll
+    for (int i = 0; i < Narrowed<T>::kWords; i += 4)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}" ::"r"(
+                         static_cast<uint32_t>(present)),
+                     "l"(__cvta_generic_to_global(reinterpret_cast<uint4*>(out) + i / 4)), "r"(narrowed.words[i]),
+                     "r"(narrowed.words[i + 1]), "r"(narrowed.words[i + 2]), "r"(narrowed.words[i + 3])
+                     : "memory");
 }
 
 // Division of numbers below 2^31 by one divisor (Granlund and Montgomery, 1994).
@@ -171,6 +197,43 @@ bool is_aligned_throughout(const Matrix& x) {
     constexpr int64_t kLoad = std::min<int64_t>(sizeof(uint4), kVector * sizeof(T)) / sizeof(T);
     return is_multiple(x.data, kLoad * sizeof(T)) && x.row_stride % kLoad == 0 && x.batch_stride % kLoad == 0 &&
            x.columns % kVector == 0;
+}
+
+// How the vectors of a matrix, numbered from row to row, are found: anywhere; where every one is whole and lies as
+// `load_vector` wants it, and 32 bits hold the stride of rows; or also one after the other, without gaps between rows.
+enum class Way { kAny, kAligned, kFlat };
+
+// From the start of the matrix, and how many columns are left from there on.
+struct Spot {
+    int64_t offset, left;
+};
+
+template <Way kWay>
+__device__ __forceinline__ int64_t rows_apart(uint32_t rows, int64_t stride) {
+    return kWay == Way::kAny ? rows * stride : static_cast<int64_t>(uint64_t{rows} * static_cast<uint32_t>(stride));
+}
+
+template <Way kWay>
+__device__ __forceinline__ Spot spot_of(uint32_t index, const Divisor& across, int64_t row_stride, int64_t columns) {
+    if constexpr (kWay == Way::kFlat) return {int64_t{index} * kVector, kVector};
+    const uint32_t row = across.quotient(index), column = across.remainder(index, row) * kVector;
+    return {rows_apart<kWay>(row, row_stride) + column, columns - column};
+}
+
+template <class T>
+Way way_of(const Matrix& x) {
+    if (!is_aligned_throughout<T>(x) || x.row_stride > std::numeric_limits<uint32_t>::max()) return Way::kAny;
+    return x.row_stride == x.columns ? Way::kFlat : Way::kAligned;
+}
+
+template <class Work>
+void with_way(Way way, const Work& work) {
+    if (way == Way::kFlat)
+        work(std::integral_constant<Way, Way::kFlat>{});
+    else if (way == Way::kAligned)
+        work(std::integral_constant<Way, Way::kAligned>{});
+    else
+        work(std::integral_constant<Way, Way::kAny>{});
 }
 
 }  // namespace lrq::cuda
