@@ -33,8 +33,8 @@ def weights() -> Iterator[Tensor]:
     generator = torch.Generator("cuda").manual_seed(0)
     for dtype in DTYPES:
         for shape in SHAPES:
-            # Each shape in memory of its own, so that what lies beyond it belongs to nobody; then one column further.
-            for offset in (0, 1):
+            # In memory of its own, so that what lies beyond is nobody's; then as the last columns of a wider matrix.
+            for offset in (0, 1, 16):
                 wide = torch.randn(*shape[:-1], shape[-1] + offset, generator=generator, device="cuda")
                 yield (wide * 0.02).to(dtype)[..., offset:]
 

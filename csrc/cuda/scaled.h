@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kScaledThreads, kScaledBlocks) matrix_kernel(W
 
 // A thread block, or a warp, for each tile, a row or a square block, which it holds; of a tile too large for that it
 // reads all but the last vectors again.
-template <class Codec, class T, int kHeld, int kThreads, bool kAligned, int kTogether>
+template <class Codec, class T, int kHeld, int kThreads, Way kWay, int kTogether>
 __global__ void __launch_bounds__(kThreads)
     tile_kernel(Scaled layout, Divisor tiles_across, Divisor across, uint32_t tiles, uint32_t vectors) {
     await_predecessor();
@@ -133,11 +133,9 @@ __global__ void __launch_bounds__(kThreads)
     const auto load = [&](uint32_t first, Vector<T>(&held)[kHeld]) {
 #pragma unroll
         for (int j = 0; j < kHeld; ++j) {
-            const uint32_t index = first + j * blockDim.x + threadIdx.x;
-            const uint32_t row = across.quotient(index), column = across.remainder(index, row) * kVector;
-            held[j] = index < vectors ? load_vector<kAligned>(source + row * layout.x.row_stride + column,
-                                                              layout.tile_columns - column)
-                                      : Vector<T>{};
+            const uint32_t index = min(first + j * blockDim.x + threadIdx.x, vectors - 1);
+            const Spot spot = spot_of<kWay>(index, across, layout.x.row_stride, layout.tile_columns);
+            held[j] = load_vector<kWay != Way::kAny>(source + spot.offset, spot.left);
         }
     };
 
@@ -158,10 +156,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int j = 0; j < kHeld; ++j) {
             const uint32_t index = first + j * blockDim.x + threadIdx.x;
-            const uint32_t row = across.quotient(index), column = across.remainder(index, row) * kVector;
+            const Spot spot = spot_of<kWay>(index, across, layout.x.columns, layout.tile_columns);
             if (index < vectors)
-                store_codes<kAligned>(out + row * layout.x.columns + column,
-                                      encode<Codec, true>(held[j], quotient, scale), layout.tile_columns - column);
+                store_codes<kWay != Way::kAny>(out + spot.offset, encode<Codec, true>(held[j], quotient, scale),
+                                               spot.left);
         }
         if (first == 0) break;
         load(first - step, held);
@@ -175,14 +173,22 @@ void launch_tiles(const Scaled& layout, bool aligned, uintptr_t stream, const ch
     const int64_t across = vectors_in(layout.tile_columns), vectors = across * layout.tile_rows;
     require(vectors <= std::numeric_limits<int32_t>::max() / 2,
             std::string(operation) + ": the matrix is too large for one launch");
-    const int64_t wanted = (vectors + kHeld * kWarpSize - 1) / (kHeld * kWarpSize) * kWarpSize;
-    const auto threads = static_cast<unsigned>(std::min<int64_t>(wanted, kThreads / kTogether));
-    const auto kernel = aligned ? tile_kernel<Codec, T, kHeld, kThreads, true, kTogether>
-                                : tile_kernel<Codec, T, kHeld, kThreads, false, kTogether>;
+    Way way = aligned ? way_of<T>(layout.x) : Way::kAny;
+    // Of a row each tile is flat, of a block only one as wide as the matrix.
+    if (way != Way::kAny)
+        way = layout.tile_rows == 1 || (way == Way::kFlat && layout.tiles_across() == 1) ? Way::kFlat : Way::kAligned;
     const int64_t tiles = layout.tiles_down() * layout.tiles_across();
-    launch(operation, kernel, batch_grid((tiles + kTogether - 1) / kTogether, layout.x.batch, operation),
-           dim3(threads, kTogether), stream, layout, Divisor(layout.tiles_across(), operation),
-           Divisor(across, operation), static_cast<uint32_t>(tiles), static_cast<uint32_t>(vectors));
+    with_way(way, [&](auto chosen) {
+        constexpr Way kWay = decltype(chosen)::value;
+        // More vectors that lie anywhere spill.
+        constexpr int kHere = kWay == Way::kAny ? std::min(kHeld, 4) : kHeld, kMost = kThreads * (kHeld / kHere);
+        const int64_t wanted = (vectors + kHere * kWarpSize - 1) / (kHere * kWarpSize) * kWarpSize;
+        const auto threads = static_cast<unsigned>(std::min<int64_t>(wanted, kMost / kTogether));
+        launch(operation, tile_kernel<Codec, T, kHere, kMost, kWay, kTogether>,
+               batch_grid((tiles + kTogether - 1) / kTogether, layout.x.batch, operation), dim3(threads, kTogether),
+               stream, layout, Divisor(layout.tiles_across(), operation), Divisor(across, operation),
+               static_cast<uint32_t>(tiles), static_cast<uint32_t>(vectors));
+    });
 }
 
 template <class Codec, class T>
