@@ -40,14 +40,14 @@ struct Expanding {
 // `Format` holds kBlock, kBits (of a code), scale(byte, tensor_scale) and decode(words, values). kAligned: every vector
 // is whole, and lies at a multiple of its size.
 template <class Format, class T, bool kAligned>
-__global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout) {
+__global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout, Divisor spans) {
     await_predecessor();
     using Shape = Expanding<Format, T>;
     constexpr int kVector = Shape::kVector, kTimes = Shape::kTimes;
     constexpr int kWords = (Shape::kBytes + 3) / 4;
     // Columns from one tile of the thread to its next.
     constexpr int kApart = Shape::kAside * Shape::kTileWidth;
-    const typename Shape::Place place(layout.column_tiles);
+    const typename Shape::Place place(layout.column_tiles, spans);
     const uint32_t within = place.lane * kVector;
     const int64_t first = int64_t{place.tile_column} * Shape::kTileWidth + within;
     const int64_t matrix = matrix_of_block();
@@ -62,19 +62,17 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout
 #pragma unroll
     for (int t = 0; t < kTimes; ++t) {
         if (t * kApart >= columns_left) break;
+        const uint8_t* row = codes + t * kApart * Format::kBits / 8;
 #pragma unroll
-        for (int j = 0; j < kTileSteps; ++j)
-            if (j * kTileStep < rows_left)
-                load_bytes<Shape::kBytes>(codes + j * kTileStep * layout.row_bytes + t * kApart * Format::kBits / 8,
-                                          kAligned, words[t][j]);
+        for (int j = 0; j < kTileSteps; ++j, row += kTileStep * layout.row_bytes)
+            if (j * kTileStep < rows_left) load_bytes<Shape::kBytes>(row, kAligned, words[t][j]);
         load_bytes<kTileVector>(tile_scales + t * Shape::kAside * kTile, kAligned, scales[t]);
     }
-    T* const out = static_cast<T*>(layout.out) + (matrix * layout.rows + place.first_row()) * layout.columns + first;
+    T* row = static_cast<T*>(layout.out) + (matrix * layout.rows + place.first_row()) * layout.columns + first;
     const float tensor_scale = layout.tensor_scale ? layout.tensor_scale[matrix] : 1.0f;
 #pragma unroll
-    for (int j = 0; j < kTileSteps; ++j) {
+    for (int j = 0; j < kTileSteps; ++j, row += kTileStep * layout.columns) {
         if (j * kTileStep >= rows_left) break;
-        T* const row = out + j * kTileStep * layout.columns;
 #pragma unroll
         for (int t = 0; t < kTimes; ++t) {
             if (t * kApart >= columns_left) break;
@@ -101,7 +99,7 @@ void expand_as(const Expansion& layout, uintptr_t stream, const char* operation)
                          is_multiple(layout.out, sizeof(uint4)) && layout.columns % Shape::kVector == 0;
     const dim3 grid = Shape::Place::grid(layout.row_tiles, layout.column_tiles, layout.batch, operation);
     launch(operation, aligned ? expand_kernel<Format, T, true> : expand_kernel<Format, T, false>, grid,
-           dim3(kExpandThreads), stream, layout);
+           dim3(kExpandThreads), stream, layout, Shape::Place::spans(layout.column_tiles, operation));
 }
 
 template <class Format>

@@ -30,9 +30,9 @@ using Shared = Place<kThreads, kTileColumns * kSharers>;
 static_assert(kSharers == kTileSteps);
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) quantize_kernel(Layout layout, bool aligned) {
+__global__ void __launch_bounds__(kThreads) quantize_kernel(Layout layout, Divisor spans, bool aligned) {
     await_predecessor();
-    const Shared place(layout.column_tiles);
+    const Shared place(layout.column_tiles, spans);
     const int64_t columns = layout.blocks * kBlock;
     const int64_t first = int64_t{place.tile_column} * (kTileColumns * kBlock) + place.lane * kShare;
     const uint32_t sharer = place.lane % kSharers;
@@ -81,15 +81,14 @@ constexpr int kSearchResident = 6;
 
 template <class T>
 __global__ void __launch_bounds__(kSearchThreads, kSearchResident)
-    search_kernel(Layout layout, bool aligned, float coherence) {
+    search_kernel(Layout layout, Divisor columns, bool aligned, float coherence) {
     await_predecessor();
     const uint32_t tile = blockIdx.x / kSearchShares;
-    const uint32_t tile_columns = static_cast<uint32_t>(layout.column_tiles);
-    const uint32_t tile_row = tile / tile_columns;
+    const uint32_t tile_row = columns.quotient(tile);
     const uint32_t place = blockIdx.x % kSearchShares * kSearchThreads + threadIdx.x;
     const int64_t row =
         int64_t{tile_row} * kTileRows + place / kTileColumns % kTileSteps * kTileStep + place / kTileVector;
-    const int64_t b = int64_t{tile - tile_row * tile_columns} * kTileColumns + place % kTileColumns;
+    const int64_t b = int64_t{columns.remainder(tile, tile_row)} * kTileColumns + place % kTileColumns;
     const int64_t tiles = layout.row_tiles * layout.column_tiles;
     const int64_t matrix = matrix_of_block();
     if (matrix >= layout.x.batch) return;
@@ -125,13 +124,14 @@ void run(const Layout& layout, std::optional<double> coherence, uintptr_t stream
     if (!coherence) {
         launch(kOperation, quantize_kernel<T>,
                Shared::grid(layout.row_tiles, layout.column_tiles, layout.x.batch, kOperation), dim3(kThreads), stream,
-               layout, aligned);
+               layout, Shared::spans(layout.column_tiles, kOperation), aligned);
         return;
     }
     using Alone = Place<kSearchThreads, kTileColumns * kTileSteps>;
     static_assert(Alone::kShares == kSearchShares);
     launch(kOperation, search_kernel<T>, Alone::grid(layout.row_tiles, layout.column_tiles, layout.x.batch, kOperation),
-           dim3(kSearchThreads), stream, layout, aligned, static_cast<float>(*coherence));
+           dim3(kSearchThreads), stream, layout, Alone::spans(layout.column_tiles, kOperation), aligned,
+           static_cast<float>(*coherence));
 }
 
 struct Mxfp8 {

@@ -84,7 +84,7 @@ template <class T, bool kSearch, bool kWhole, int kRows>
 __global__ void __launch_bounds__(kSpanThreads, kSearch               ? 4
                                                 : kRows == kRowsOf<T> ? 7
                                                                       : kFewResident)
-    quantize_kernel(Layout layout, uint32_t spans, Found found, float coherence) {
+    quantize_kernel(Layout layout, Divisor spans, Found found, float coherence) {
     await_predecessor();
     __shared__ uint4 staged[kSpanTiles][kRows];
     const int64_t matrix = blockIdx.y;
@@ -148,7 +148,7 @@ class Ahead {
 // unit of its thread block whenever it is free: warps run at uneven speeds, old ones first.
 template <bool kWhole>
 __global__ void __launch_bounds__(kSieveThreads, 1)
-    sieve_kernel(Layout layout, uint32_t spans, uint32_t units, Found found, float coherence) {
+    sieve_kernel(Layout layout, Divisor spans, uint32_t units, Found found, float coherence) {
     await_predecessor();
     __shared__ Octaves table[SieveTable::kRows];
     __shared__ uint4 weights[kSieveThreads / kWarpSize][2];
@@ -222,7 +222,7 @@ struct Call {
     void launch(Kernel kernel, int64_t blocks, unsigned threads, Arguments... more) const {
         require(blocks <= kMaxGridX, "quantize_nvfp4: the matrix is too large for one launch");
         const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(layout.x.batch));
-        cuda::launch(kOperation, kernel, grid, dim3(threads), stream, layout, static_cast<uint32_t>(spans), more...,
+        cuda::launch(kOperation, kernel, grid, dim3(threads), stream, layout, Divisor(spans, kOperation), more...,
                      found, coherence);
     }
 };

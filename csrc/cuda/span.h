@@ -23,10 +23,10 @@ struct Span {
     // Rows of this thread that hold weights, and rows that hold codes.
     int full, coded;
 
-    __device__ __forceinline__ Span(const nvfp4::Layout& layout, uint32_t spans, uint32_t part, uint32_t taken)
+    __device__ __forceinline__ Span(const nvfp4::Layout& layout, const Divisor& spans, uint32_t part, uint32_t taken)
         : quarter(taken) {
-        const uint32_t above = part / spans;
-        span = part - above * spans, share = above % kShares, tile_row = above / kShares;
+        const uint32_t above = spans.quotient(part);
+        span = spans.remainder(part, above), share = above % kShares, tile_row = above / kShares;
         lane = threadIdx.x % kWarpSize;
         block = span * kWarpSize + lane;
         first_row = int64_t{tile_row} * nvfp4::kTileRows + quarter * 32 + share * kRows;
@@ -45,15 +45,16 @@ struct Span {
     template <bool kWhole, class T>
     __device__ __forceinline__ void load(const nvfp4::Layout& layout, int64_t matrix,
                                          Block16<T> (&blocks)[kRows]) const {
-        const T* const x =
+        const T* row =
             static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride + first_row * layout.x.row_stride;
+        if constexpr (kWhole) row += block * nvfp4::kBlock;
 #pragma unroll
-        for (int i = 0; i < kRows; ++i)
+        for (int i = 0; i < kRows; ++i, row += layout.x.row_stride)
             if (i < full) {
                 if constexpr (kWhole)
-                    blocks[i].load(x + i * layout.x.row_stride + block * nvfp4::kBlock);
+                    blocks[i].load(row);
                 else
-                    blocks[i].load_part(x + i * layout.x.row_stride, int64_t{block} * nvfp4::kBlock, layout.x.columns);
+                    blocks[i].load_part(row, int64_t{block} * nvfp4::kBlock, layout.x.columns);
             }
     }
 

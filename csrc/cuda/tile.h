@@ -6,6 +6,7 @@
 #include "../swizzle.h"
 #include "launch.h"
 #include "load.h"
+#include "vector.h"
 
 namespace lrq::cuda {
 
@@ -24,11 +25,10 @@ struct Place {
     static constexpr int kShares = kTileStep / kRowsAtOnce;
     static_assert(kThreads % (kLanes * kAside) == 0 && kTileStep % kRowsAtOnce == 0);
 
-    __device__ __forceinline__ explicit Place(int64_t column_tiles) {
-        const uint32_t columns = static_cast<uint32_t>(column_tiles), spans = (columns + kSpan - 1) / kSpan;
-        const uint32_t part = blockIdx.x / kShares;
-        tile_row = part / spans;
-        tile_column = (part - tile_row * spans) * kSpan + threadIdx.x / kLanes % kAside;
+    __device__ __forceinline__ Place(int64_t column_tiles, const Divisor& spans) {
+        const uint32_t columns = static_cast<uint32_t>(column_tiles), part = blockIdx.x / kShares;
+        tile_row = spans.quotient(part);
+        tile_column = spans.remainder(part, tile_row) * kSpan + threadIdx.x / kLanes % kAside;
         tile = int64_t{tile_row} * columns + tile_column;
         lane = threadIdx.x % kLanes;
         step_row = blockIdx.x % kShares * kRowsAtOnce + threadIdx.x / (kLanes * kAside);
@@ -47,6 +47,11 @@ struct Place {
     // Of the 16 scales of this thread's rows.
     __device__ __forceinline__ int64_t scales(int64_t matrix, int64_t tiles) const {
         return (matrix * tiles + tile) * kTile + step_row * kTileVector;
+    }
+
+    // Of a row of tiles.
+    static Divisor spans(int64_t column_tiles, const char* operation) {
+        return Divisor(std::max<int64_t>((column_tiles + kSpan - 1) / kSpan, 1), operation);
     }
 
     static dim3 grid(int64_t row_tiles, int64_t column_tiles, int64_t batch, const char* operation) {
