@@ -32,9 +32,7 @@ struct Expanding {
     // A warp writes neighbouring memory only.
     static constexpr int kLanes = kTileWidth / kVector;
     static constexpr int kAside = kLanes < 32 ? 32 / kLanes : 1;
-    // Tiles of a thread: what it takes to find its rows is shared by them.
-    static constexpr int kTimes = Format::kBits == 4 ? 2 : 1;
-    using Place = cuda::Place<kExpandThreads, kLanes, kAside, kTimes>;
+    using Place = cuda::Place<kExpandThreads, kLanes, kAside>;
 };
 
 // `Format` holds kBlock, kBits (of a code), scale(byte, tensor_scale) and decode(words, values). kAligned: every vector
@@ -43,51 +41,39 @@ template <class Format, class T, bool kAligned>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(Expansion layout, Divisor spans) {
     await_predecessor();
     using Shape = Expanding<Format, T>;
-    constexpr int kVector = Shape::kVector, kTimes = Shape::kTimes;
+    constexpr int kVector = Shape::kVector;
     constexpr int kWords = (Shape::kBytes + 3) / 4;
-    // Columns from one tile of the thread to its next.
-    constexpr int kApart = Shape::kAside * Shape::kTileWidth;
     const typename Shape::Place place(layout.column_tiles, spans);
     const uint32_t within = place.lane * kVector;
     const int64_t first = int64_t{place.tile_column} * Shape::kTileWidth + within;
     const int64_t matrix = matrix_of_block();
-    if (matrix >= layout.batch) return;
-    const int rows_left = place.rows_left(layout.rows);
-    // As far as this thread looks.
-    const int columns_left = static_cast<int>(min(layout.columns - first, int64_t{kTimes * kApart}));
-    const int64_t code_offset = (matrix * layout.code_rows + place.first_row()) * layout.row_bytes;
-    const uint8_t* const codes = layout.codes + code_offset + first * Format::kBits / 8;
-    const uint8_t* const tile_scales = layout.scales + place.scales(matrix, layout.row_tiles * layout.column_tiles);
-    uint32_t words[kTimes][kTileSteps][kWords] = {}, scales[kTimes][kTileSteps];
+    if (matrix >= layout.batch || first >= layout.columns) return;
+    const int rows_left = place.rows_left(layout.rows), columns_left = place.columns_left(layout.columns, first);
+    const uint8_t* codes =
+        layout.codes + (matrix * layout.code_rows + place.first_row()) * layout.row_bytes + first * Format::kBits / 8;
+    uint32_t words[kTileSteps][kWords] = {};
 #pragma unroll
-    for (int t = 0; t < kTimes; ++t) {
-        if (t * kApart >= columns_left) break;
-        const uint8_t* row = codes + t * kApart * Format::kBits / 8;
-#pragma unroll
-        for (int j = 0; j < kTileSteps; ++j, row += kTileStep * layout.row_bytes)
-            if (j * kTileStep < rows_left) load_bytes<Shape::kBytes>(row, kAligned, words[t][j]);
-        load_bytes<kTileVector>(tile_scales + t * Shape::kAside * kTile, kAligned, scales[t]);
-    }
-    T* row = static_cast<T*>(layout.out) + (matrix * layout.rows + place.first_row()) * layout.columns + first;
+    for (int j = 0; j < kTileSteps; ++j, codes += kTileStep * layout.row_bytes)
+        if (j * kTileStep < rows_left) load_bytes<Shape::kBytes>(codes, kAligned, words[j]);
+    uint32_t scales[kTileSteps];
+    load_bytes<kTileVector>(layout.scales + place.scales(matrix, layout.row_tiles * layout.column_tiles), kAligned,
+                            scales);
+    T* out = static_cast<T*>(layout.out) + (matrix * layout.rows + place.first_row()) * layout.columns + first;
     const float tensor_scale = layout.tensor_scale ? layout.tensor_scale[matrix] : 1.0f;
 #pragma unroll
-    for (int j = 0; j < kTileSteps; ++j, row += kTileStep * layout.columns) {
+    for (int j = 0; j < kTileSteps; ++j, out += kTileStep * layout.columns) {
         if (j * kTileStep >= rows_left) break;
+        const float scale = Format::scale(scales[j] >> within / Format::kBlock * 8 & 0xffu, tensor_scale);
+        float values[kVector];
+        Format::decode(words[j], values);
 #pragma unroll
-        for (int t = 0; t < kTimes; ++t) {
-            if (t * kApart >= columns_left) break;
-            const float scale = Format::scale(scales[t][j] >> within / Format::kBlock * 8 & 0xffu, tensor_scale);
-            float values[kVector];
-            Format::decode(words[t][j], values);
+        for (int i = 0; i < kVector; ++i) values[i] *= scale;
+        if constexpr (kAligned) {
+            store_vector(out, values);
+        } else {
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) values[i] *= scale;
-            if constexpr (kAligned) {
-                store_vector(row + t * kApart, values);
-            } else {
-#pragma unroll
-                for (int i = 0; i < kVector; ++i)
-                    if (t * kApart + i < columns_left) narrow(values[i], row[t * kApart + i]);
-            }
+            for (int i = 0; i < kVector; ++i)
+                if (i < columns_left) narrow(values[i], out[i]);
         }
     }
 }

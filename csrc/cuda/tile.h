@@ -17,10 +17,9 @@ constexpr int64_t kMaxGridY = 65535;
 __device__ __forceinline__ int64_t matrix_of_block() { return blockIdx.z * int64_t{gridDim.y} + blockIdx.y; }
 
 // `kLanes` threads cover a row of a tile, a thread block the rows of kAside tiles side by side, and `kShares` thread
-// blocks such tiles. A thread works in kTimes tiles, kAside apart, whose first is told; there may be none there.
-template <int kThreads, int kLanes, int kAside = 1, int kTimes = 1>
+// blocks such tiles. Where the tiles of a row are no multiple of kAside, there is none at the last places.
+template <int kThreads, int kLanes, int kAside = 1>
 struct Place {
-    static constexpr int kSpan = kAside * kTimes;
     static constexpr int kRowsAtOnce = kThreads / (kLanes * kAside);
     static constexpr int kShares = kTileStep / kRowsAtOnce;
     static_assert(kThreads % (kLanes * kAside) == 0 && kTileStep % kRowsAtOnce == 0);
@@ -28,7 +27,7 @@ struct Place {
     __device__ __forceinline__ Place(int64_t column_tiles, const Divisor& spans) {
         const uint32_t columns = static_cast<uint32_t>(column_tiles), part = blockIdx.x / kShares;
         tile_row = spans.quotient(part);
-        tile_column = spans.remainder(part, tile_row) * kSpan + threadIdx.x / kLanes % kAside;
+        tile_column = spans.remainder(part, tile_row) * kAside + threadIdx.x / kLanes % kAside;
         tile = int64_t{tile_row} * columns + tile_column;
         lane = threadIdx.x % kLanes;
         step_row = blockIdx.x % kShares * kRowsAtOnce + threadIdx.x / (kLanes * kAside);
@@ -51,11 +50,11 @@ struct Place {
 
     // Of a row of tiles.
     static Divisor spans(int64_t column_tiles, const char* operation) {
-        return Divisor(std::max<int64_t>((column_tiles + kSpan - 1) / kSpan, 1), operation);
+        return Divisor(std::max<int64_t>((column_tiles + kAside - 1) / kAside, 1), operation);
     }
 
     static dim3 grid(int64_t row_tiles, int64_t column_tiles, int64_t batch, const char* operation) {
-        const int64_t tiles = row_tiles * ((column_tiles + kSpan - 1) / kSpan);
+        const int64_t tiles = row_tiles * ((column_tiles + kAside - 1) / kAside);
         require(tiles * kShares <= kMaxGridX, std::string(operation) + ": the matrix is too large for one launch");
         const int64_t along_y = std::min(batch, kMaxGridY);
         return dim3(static_cast<unsigned>(tiles * kShares), static_cast<unsigned>(along_y),

@@ -22,8 +22,7 @@ from lrq_kernels.triton.nvfp4_rule import (
 from lrq_kernels.triton.quotient import reciprocal
 from lrq_kernels.triton.search import best_scales, may_fuse
 
-# One warp: the vote takes no barrier.
-_RULE = {"BLOCKS": 128, "num_warps": 1}
+_RULE = {"BLOCKS": 256, "num_warps": 2}
 # One warp: blocks wait for the slowest of their program, and its vote takes no barrier.
 _SEARCH = {"BLOCKS": 32, "num_warps": 1}
 _EXPAND = {"BLOCKS": 256, "num_warps": 4}
