@@ -61,7 +61,7 @@ class Judge:
 
     def __init__(self, fmt: Format, w: Tensor, rounding: Rounding) -> None:
         self.fmt, self.exact = fmt, w.double()
-        k = subspace_size(tuple(w.shape), rounding.top_p, rounding.min_k, rounding.max_k)
+        k = subspace_size(tuple(w.shape), rounding, fmt.top_p)
         self.left, self.right, _ = leading_subspaces(self.exact / self.exact.abs().amax(), k)
         if rounding.projection == "input":
             self.left = None
@@ -138,7 +138,7 @@ def speed(models: Path | None, device: torch.device) -> list[dict[str, object]]:
         quantize_layer(nvfp4, big, rounding, 0)
         run = lambda r=rounding: quantize_layer(nvfp4, big, r, 0)  # noqa: E731
         tell(f"3072x12288 nvfp4, {setting}, median of {REPEATS}", seconds(run, device, REPEATS))
-        metric = seconds(lambda r=rounding: weight_metric(big.float()[None], r, 3.0, 1.0), device, REPEATS)
+        metric = seconds(lambda r=rounding: weight_metric(big.float()[None], r, nvfp4), device, REPEATS)
         tell(f"  of it the subspace, {setting}", metric)
         if setting != "default":
             _beside_ctq(big, rounding, device, tell, rows)
@@ -150,7 +150,7 @@ def speed(models: Path | None, device: torch.device) -> list[dict[str, object]]:
     _ = left @ right
     rate = 2 * 8192**3 / (seconds(lambda: [left @ right for _ in range(10)], device) / 10)
     # Of one step with k directions on both sides: EV, U'(EV), UP, (UP)V'.
-    k = subspace_size((3072, 12288), STRONG.top_p, STRONG.min_k, STRONG.max_k)
+    k = subspace_size((3072, 12288), STRONG, nvfp4.top_p)
     floor = (4 * 3072 * 12288 * k + 4 * 3072 * k * k) / rate
     tell(f"floor of one step of 3072x12288 at {rate / 1e12:.0f} TFLOP/s", floor)
     if models is not None:
@@ -207,7 +207,7 @@ def subspaces(sizes: list[tuple[int, int]], device: torch.device) -> None:
     for size in sizes:
         w = low_rank(*size, torch.Generator(device).manual_seed(2)).float()
         w /= w.abs().max()
-        k = subspace_size(size, 0.2, 64, 1280)
+        k = subspace_size(size, STRONG, FORMATS["nvfp4"].top_p)
         exact = leading_subspace(w.double(), k)[0].float()
         run = lambda w=w, k=k: leading_subspace(w, k)[0]  # noqa: E731
         run()

@@ -16,6 +16,7 @@ from lrq.execution import Execution
 from lrq.formats import FORMATS, Format, Shape
 from lrq.formats.int8 import Int8
 from lrq.plan import Plan
+from lrq.rounding.metric import subspace_size
 from lrq.rounding.moments import Moments
 from lrq.rounding.solve import quantize_layer
 from lrq.selection.layer import Layer
@@ -66,7 +67,7 @@ def _layer_seconds(layer: Layer, rounding: Rounding, device: torch.device) -> fl
         return seconds
     rows, columns = layer.source.shape[-2:]
     known = _known(layer)
-    return seconds + weights * _products(rows, columns, own, known) * LARGE * _learned_rate(
+    return seconds + weights * _products(rows, columns, own, layer.format, known) * LARGE * _learned_rate(
         layer.format, known, str(device)
     )
 
@@ -78,11 +79,11 @@ def _known(layer: Layer) -> str:
     return CORRELATED if layer.statistics_size > 8 * (2 * layer.source.shape[-1] + BINS + 2) else DIAGONAL
 
 
-def _products(rows: int, columns: int, rounding: Rounding, known: str) -> float:
+def _products(rows: int, columns: int, rounding: Rounding, fmt: Format, known: str) -> float:
     """Products a weight: with the directions or the columns behind it, a block of 128 columns, and a decomposition."""
     if known == CORRELATED:
         return columns + 128 + columns**2 / rows / 8
-    directions = min(max(rounding.top_p * min(rows, columns), rounding.min_k), rounding.max_k, rows, columns)
+    directions = subspace_size((rows, columns), rounding, fmt.top_p)
     return directions + 128 + min(rows, columns) / 8
 
 
@@ -103,7 +104,7 @@ def _learned_rate(fmt: Format, known: str, device: str) -> float:
         stats = standard_normal(_LEARNED_SIDE)
         stats = replace(stats, gram=torch.eye(_LEARNED_SIDE)) if known == CORRELATED else stats
         moments = Moments(fmt, stats, w.device)
-    return _timed(fmt, w, rounding, moments) / w.numel() / _products(_LEARNED_SIDE, _LEARNED_SIDE, rounding, known)
+    return _timed(fmt, w, rounding, moments) / w.numel() / _products(_LEARNED_SIDE, _LEARNED_SIDE, rounding, fmt, known)
 
 
 def _timed(fmt: Format, w: torch.Tensor, rounding: Rounding, moments: Moments | None = None) -> float:

@@ -113,8 +113,11 @@ class Rounding:
         "How the learning rate changes: with each iteration's success, by a constant factor, or when it stalls.",
         choices=("adaptive", "exponential", "plateau"),
     )
-    top_p: float = _setting(
-        0.4, "Share of the weight's singular directions whose error counts extra.", minimum=0.0, maximum=1.0
+    top_p: float | None = _setting(
+        None,
+        "Share of the weight's singular directions whose error counts extra [default: 0.4; 0.05 for INT8 by row].",
+        minimum=0.0,
+        maximum=1.0,
     )
     min_k: int = _setting(64, "Fewest directions.", minimum=1)
     max_k: int = _setting(1280, "Most directions.", minimum=1)
@@ -123,13 +126,13 @@ class Rounding:
     )
     plain_weight: float | None = _setting(
         None,
-        "λ, the weight of the plain error [default: 3; 1.5 for FP8 and MXFP8, 10 for INT8 by row].",
+        "λ, the weight of the plain error [default: 3; 1.5 for FP8 and MXFP8, 1 for INT8 by row].",
         minimum=0.0,
         maximum=1e6,
     )
     spectrum: float | None = _setting(
         None,
-        "p: an input direction of singular value σ counts as σ^p [default: 1; 0.5 for FP8, MXFP8 and INT8 by row; 0 "
+        "p: an input direction of singular value σ counts as σ^p [default: 1; 0.5 for FP8 and MXFP8; 0 "
         "with --projection both].",
         minimum=0.0,
         maximum=8.0,

@@ -15,6 +15,8 @@ Tensors = dict[str, Tensor]
 """Stored tensors of one layer by suffix: ``weight``, ``weight_scale``, ..."""
 Shape = tuple[int, ...]
 
+TOP_P = 0.4
+"""Of learned rounding by default: the share of directions whose error counts extra."""
 STOCK = "stock ComfyUI"
 QUANTOPS = "ComfyUI with the custom node ComfyUI-QuantOps"
 
@@ -62,6 +64,11 @@ class Format(ABC):
     def plain_weight(self) -> float:
         """λ of learned rounding by default, chosen by the output of real models."""
         return 3.0
+
+    @property
+    def top_p(self) -> float:
+        """The share of singular directions whose error counts extra by default, chosen likewise."""
+        return TOP_P
 
     @property
     def spectrum(self) -> float:

@@ -82,13 +82,13 @@ def measure(fmt: Format, tensors: Tensors, w: Tensor, rounding: Rounding) -> Lay
     """Error of stored tensors against the weight [N,K] or [E,N,K] they were made from."""
     if w.dim() == 2:
         # Before the others are in memory.
-        directions = _directions(w, rounding)
+        directions = _directions(w, rounding, fmt)
         return _sums(w, *_compared(fmt, tensors, w, rounding), directions)
     compared = _compared(fmt, tensors, w, rounding)
     total = LayerError(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     for i in range(w.shape[0]):
         stored, nearest, searched = (one[i] for one in compared)
-        total += _sums(w[i], stored, nearest, searched, _directions(w[i], rounding))
+        total += _sums(w[i], stored, nearest, searched, _directions(w[i], rounding, fmt))
     return total
 
 
@@ -103,8 +103,8 @@ def _compared(fmt: Format, tensors: Tensors, w: Tensor, rounding: Rounding) -> t
     return fmt.dequantize(tensors, shape), nearest, searched
 
 
-def _directions(w: Tensor, rounding: Rounding) -> Tensor:
-    k = subspace_size(tuple(w.shape), rounding.top_p, rounding.min_k, rounding.max_k)
+def _directions(w: Tensor, rounding: Rounding, fmt: Format) -> Tensor:
+    k = subspace_size(tuple(w.shape), rounding, fmt.top_p)
     largest = w.abs().amax().double().clamp(min=torch.finfo(torch.float64).tiny)
     return leading_directions(w.to(torch.float64, copy=True).div_(largest), k)
 

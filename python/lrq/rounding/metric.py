@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lrq.config import Rounding
+from lrq.formats import Format
 
 ALIGNMENT = 64
 """A GPU gets zero directions up to a multiple of this: products of rows that no 16 bytes divide are slow."""
@@ -143,10 +144,10 @@ def _other_side(w: Tensor, vectors: Tensor, values: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor.mT, across, upper=True, left=False)
 
 
-def subspace_size(shape: tuple[int, ...], top_p: float, min_k: int, max_k: int) -> int:
-    """k = clamp(top_p·min(N,K), min_k, max_k), never more than the smaller side."""
-    smaller = min(shape[-2:])
-    return max(1, min(max(int(top_p * smaller), min_k), max_k, smaller))
+def subspace_size(shape: tuple[int, ...], rounding: Rounding, top_p: float) -> int:
+    """k = clamp(top_p·min(N,K), min_k, max_k), never more than the smaller side; this ``top_p`` if none was asked."""
+    smaller, share = min(shape[-2:]), top_p if rounding.top_p is None else rounding.top_p
+    return max(1, min(max(int(share * smaller), rounding.min_k), rounding.max_k, smaller))
 
 
 def plain_metric(count: int, like: Tensor) -> Metric:
@@ -154,22 +155,22 @@ def plain_metric(count: int, like: Tensor) -> Metric:
     return Metric(like.new_zeros(count, len(like), 0), like.new_ones(count))
 
 
-def weight_metric(w: Tensor, rounding: Rounding, plain_weight: float, spectrum: float) -> Metric:
+def weight_metric(w: Tensor, rounding: Rounding, fmt: Format) -> Metric:
     """The metric of weights [B,N,K] by their own leading directions; ``rounding.projection`` names the sides.
 
     The largest weight is near 1, for the float32 range of the Gram matrix. An input direction of singular value σ
-    counts as ``σ^spectrum``, scaled so that the mean square of these is 1. ``plain_weight`` (λ) and ``spectrum`` are
-    those of the format, where ``rounding`` has none; with both sides directions count alike.
+    counts as ``σ^spectrum``, scaled so that the mean square of these is 1. What ``rounding`` leaves open is the
+    format's to say; with both sides directions count alike.
     """
-    k = subspace_size(tuple(w.shape), rounding.top_p, rounding.min_k, rounding.max_k)
+    k = subspace_size(tuple(w.shape), rounding, fmt.top_p)
     left = None
     if rounding.projection == "both":
         left, right, values = leading_subspaces(w, k)
     else:
         right, values = leading_subspace(w, k)
-    power = rounding.spectrum if rounding.spectrum is not None else 0.0 if left is not None else spectrum
+    power = rounding.spectrum if rounding.spectrum is not None else 0.0 if left is not None else fmt.spectrum
     weights = values.pow(power)[:, None]
     norm = weights.square().mean(-1, keepdim=True).sqrt()
-    plain = plain_weight if rounding.plain_weight is None else rounding.plain_weight
+    plain = fmt.plain_weight if rounding.plain_weight is None else rounding.plain_weight
     right = aligned(right * torch.where(norm > 0, weights / norm, 1.0))
     return Metric(right, torch.full((len(w),), float(plain), device=w.device), None if left is None else aligned(left))

@@ -12,6 +12,7 @@ from torch import Tensor
 from lrq.calibration.inputs import InputStats
 from lrq.config import Rounding
 from lrq.formats import Format
+from lrq.formats.format import TOP_P
 from lrq.rounding.metric import Metric, aligned, subspace_size
 
 DAMPING = 0.01
@@ -102,10 +103,10 @@ class Moments:
 def moment_metric(moments: Moments, count: int, rounding: Rounding) -> Metric:
     """That of ``count`` matrices by the leading eigenpairs of H: V weighted by the root of the eigenvalue, λ the rest.
 
-    ``top_p``, ``min_k`` and ``max_k`` count directions of the K inputs.
+    ``top_p`` (of every format 0.4 by default), ``min_k`` and ``max_k`` count directions of the K inputs.
     """
     columns = moments.columns
-    size = subspace_size((columns, columns), rounding.top_p, rounding.min_k, rounding.max_k)
+    size = subspace_size((columns, columns), rounding, TOP_P)
     right, rest = moments.leading(size)
     plain_weight = (rest + DAMPING).expand(count).contiguous()
     return Metric(aligned(right.contiguous()).expand(count, -1, -1), plain_weight, limits_plain=False)

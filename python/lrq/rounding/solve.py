@@ -138,7 +138,7 @@ def problem_of(
     start = start.bfloat16().view(prepared.shape)
     unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
     if moments is None:
-        metric = weight_metric(prepared, rounding, fmt.plain_weight, fmt.spectrum)
+        metric = weight_metric(prepared, rounding, fmt)
         return Problem(prepared, compact, block, start, fmt.grid, metric, seed, unit)
     searches = fmt.has_scale_search and rounding.scale_search
     metric = _measured_metric(moments, len(prepared), block[1] if searches and fmt.has_fine_scales else 1, rounding)

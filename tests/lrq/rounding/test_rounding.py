@@ -204,11 +204,13 @@ def test_leading_directions_are_those_of_the_svd() -> None:
 
 
 def test_subspace_size() -> None:
-    assert subspace_size((1000, 500), 0.4, 64, 1280) == 200
-    assert subspace_size((1000, 100), 0.4, 64, 1280) == 64
-    assert subspace_size((20, 30), 0.4, 64, 1280) == 20
-    assert subspace_size((9000, 9000), 0.4, 64, 1280) == 1280
-    assert subspace_size((1, 5), 0.0, 1, 1) == 1
+    default = Rounding()
+    assert subspace_size((1000, 500), default, 0.4) == 200
+    assert subspace_size((1000, 500), replace(default, top_p=0.3), 0.4) == 150
+    assert subspace_size((1000, 100), default, 0.4) == 64
+    assert subspace_size((20, 30), default, 0.4) == 20
+    assert subspace_size((9000, 9000), default, 0.4) == 1280
+    assert subspace_size((1, 5), Rounding(top_p=0.0, min_k=1, max_k=1), 0.4) == 1
 
 
 @pytest.mark.parametrize("optimizer", [name for name in SOLVERS if name != "gptq"])

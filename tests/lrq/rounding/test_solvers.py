@@ -83,7 +83,7 @@ def test_directions_count_by_the_power_of_the_format_or_of_the_run() -> None:
     def ratio(rounding: Rounding) -> float:
         """Log of the first direction's length over the last one's, in units of that of their singular values."""
         values = torch.linalg.svdvals(w[0])[:12].log()
-        found = weight_metric(w, replace(rounding, min_k=12, top_p=0.0), 3.0, 0.5).right.norm(dim=1)[0].log()
+        found = weight_metric(w, replace(rounding, min_k=12, top_p=0.0), FORMATS["mxfp8"]).right.norm(dim=1)[0].log()
         return ((found[-1] - found[0]) / (values[0] - values[-1])).item()
 
     assert ratio(Rounding()) == pytest.approx(0.5, abs=1e-3)
