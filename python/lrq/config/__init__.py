@@ -126,14 +126,14 @@ class Rounding:
     )
     plain_weight: float | None = _setting(
         None,
-        "λ, the weight of the plain error [default: 3; 1.5 for FP8 and MXFP8, 1 for INT8 by row].",
+        "λ, the weight of the plain error [default: 3; 1.5 for FP8 and MXFP8, 0.8 for INT8 by row].",
         minimum=0.0,
         maximum=1e6,
     )
     spectrum: float | None = _setting(
         None,
-        "p: an input direction of singular value σ counts as σ^p [default: 1; 0.5 for FP8 and MXFP8; 0 "
-        "with --projection both].",
+        "p: an input direction of singular value σ counts as σ^p [default: 1; 0.5 for FP8 and MXFP8, 0.75 for "
+        "INT8 by row; 0 with --projection both].",
         minimum=0.0,
         maximum=8.0,
     )

@@ -31,12 +31,16 @@ class Int8(Scaled):
 
     @property
     def plain_weight(self) -> float:
-        return 1.0 if self._is_fine else super().plain_weight
+        return 0.8 if self._is_fine else super().plain_weight
 
     @property
     def top_p(self) -> float:
         # The error by row is so small that many directions mislead where a text encoder's inputs have others.
         return 0.05 if self._is_fine else super().top_p
+
+    @property
+    def spectrum(self) -> float:
+        return 0.75 if self._is_fine else super().spectrum
 
     @property
     def _is_fine(self) -> bool:
