@@ -149,7 +149,7 @@ def load_policy() -> Policy:
 
 
 def policy_of(presets: Collection[Preset]) -> Policy:
-    """The policy of some presets together; of none: only what can't be quantized is kept."""
+    """The policy of some presets together; of none: only what holds for every model is kept."""
     generic = load_policy()
     about = " + ".join(preset.about for preset in presets)
     keep, drop, rules = (

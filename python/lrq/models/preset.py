@@ -18,6 +18,8 @@ NONE = "none"
 """The name that asks for no preset."""
 GENERIC = "generic"
 """The name of the policy for a model that no preset is known of."""
+ANYWHERE = "*"
+"""In front of a key: what follows it may stand anywhere in a name."""
 _RULE_KEYS = {"why": str, "patterns": list, "formats": list, "format": str, "when": list}
 _IDENTITY_KEYS = {"keys": list, "absent": list, "shapes": dict, "unlike": list, "family": str}
 _KEYS = {"about": str, "family": str, "flags": list, "activation": str}
@@ -42,7 +44,8 @@ class Identity:
     """One way to tell the model: names and shapes of its tensors, without prefix."""
 
     keys: tuple[str, ...]
-    """Tensors that must be there; one that ends in a dot stands for all that begin so."""
+    """Tensors that must be there; one that ends in a dot stands for all that begin so, and one that begins with ``*``, as
+    any but the first may, for all that hold what follows."""
     absent: tuple[str, ...] = ()
     shapes: dict[str, list[int]] = field(default_factory=dict)
     unlike: tuple[dict[str, list[int]], ...] = ()
