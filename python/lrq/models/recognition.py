@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from lrq.checkpoint.header import Entry
-from lrq.models.preset import ANYWHERE, Identity, Preset, presets
+from lrq.models.preset import ANY, ANYWHERE, Identity, Preset, presets
 
 COMPONENTS = (
     "model.diffusion_model.",
@@ -40,6 +40,11 @@ class Part:
     def about(self) -> str:
         """What it is, for people."""
         return "not recognised" if self.preset is None else self.preset.about
+
+    def is_for(self, preset: Preset) -> bool:
+        """Whether a preset is for models of this family, or of any."""
+        own = self.family if self.preset is None else self.preset.family
+        return preset.family in (ANY, self.family, own)
 
 
 def recognise(entries: Mapping[str, Entry]) -> list[Part]:
