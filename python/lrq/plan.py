@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Container
 from dataclasses import dataclass
+from pathlib import Path
 
 from lrq.checkpoint.header import Entry, Header, lay_out, paused_collection
 from lrq.checkpoint.layout import PROVENANCE
 from lrq.checkpoint.reader import CODES, Reader
 from lrq.config import Conversion
 from lrq.dialects import comfyui
-from lrq.errors import InputError, first_duplicate, printable
+from lrq.errors import InputError, first_duplicate, listed, printable
 from lrq.formats import Shape
+from lrq.models.lora import lora_factors
 from lrq.models.policy import FLOAT_DTYPES, SUFFIX
+from lrq.models.preset import Preset
 from lrq.models.recognition import Part
 from lrq.selection.decide import Decisions, decide
 from lrq.selection.inputs import Inputs, use_inputs
 from lrq.selection.layer import Layer
+from lrq.selection.policies import describe
 from lrq_kernels._version import __version__
 
 CALIBRATION = "calibration"
@@ -49,6 +53,10 @@ class Plan:
     """The models of the checkpoint, recognised or not."""
     policies: dict[str, str]
     """What is kept where: names of the presets, by prefix of the part."""
+    presets: dict[str, tuple[Preset, ...]]
+    """The same as presets; none where the generic policy holds."""
+    source: Path
+    """What messages name."""
     inputs: Inputs
     """Statistics of the layers' inputs, and what follows from them."""
     header: Header
@@ -82,11 +90,13 @@ def make_plan(source: Reader, conversion: Conversion, allow_empty: bool = False)
     """
     conversion.check()
     _refuse_legacy(source)
+    _refuse_lora(source)
     with paused_collection():
         decisions = decide(source.entries, conversion, str(source.path))
         if not decisions.layers and not allow_empty:
             reasons = _why_none(source, decisions.kept, decisions.refused)
-            raise InputError(f"{source.path}: no layer can be quantized ({reasons})")
+            model = f"; the model is {describe(decisions.parts)}" if conversion.selection.preset else ""
+            raise InputError(f"{source.path}: no layer can be quantized ({reasons}){model}")
         # Decided model by model, read in the order of the file.
         layers = sorted(decisions.layers, key=lambda layer: layer.source.begin)
         return _assemble(source, conversion, tuple(layers), decisions)
@@ -100,6 +110,16 @@ def _refuse_legacy(source: Reader) -> None:
                 f"{source.path}: tensor {printable(name)}: quantized already, in the legacy scaled_fp8 layout; "
                 "convert the high-precision original"
             )
+
+
+def _refuse_lora(source: Reader) -> None:
+    """Its factors are matrices, but no loader reads quantized ones."""
+    factors = lora_factors(source.entries)
+    if factors:
+        raise InputError(
+            f"{source.path}: is a LoRA ({listed(factors)}), not a checkpoint; merge it into its model and convert "
+            "that, or load it as it is beside the converted model"
+        )
 
 
 def _why_none(source: Reader, kept: dict[str, str], refused: dict[str, str]) -> str:
@@ -158,6 +178,8 @@ def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...],
         {entry.name: why_dropped[entry.name] for entry in dropped},
         tuple(decisions.parts),
         policies,
+        {prefix: policy.presets for prefix, policy in decisions.policies.items()},
+        source.path,
         inputs,
         header,
         header_bytes,

@@ -51,6 +51,8 @@ class Policy:
     rules: tuple[Rule, ...] = ()
     banks: Patterns = field(default_factory=lambda: Patterns(()))
     keep_outside_blocks: bool = False
+    presets: tuple[Preset, ...] = ()
+    """Whose rules these are, beside those that hold for every model."""
     _known: dict[str, Verdict] = field(default_factory=dict, init=False, repr=False)
 
     def verdict(self, module: str) -> Verdict:
@@ -143,16 +145,17 @@ def quantized_modules(names: Iterable[str]) -> set[str]:
 def load_policy() -> Policy:
     """The policy for a model that no preset is known of."""
     table = tomllib.loads(resources.files(__package__).joinpath(f"{GENERIC}.toml").read_text(encoding="utf-8"))
-    always, keep = (tuple(read_rules(GENERIC, table, kind)) for kind in ("always", "keep"))
+    always, keep = (tuple(read_rules(table, kind, GENERIC)) for kind in ("always", "keep"))
     banks = Patterns(table["banks"])
     return Policy(table["about"], always, keep, banks=banks, keep_outside_blocks=table["keep_outside_blocks"])
 
 
 def policy_of(presets: Collection[Preset]) -> Policy:
-    """The policy of some presets together; of none: only what can't be quantized is kept."""
+    """The policy of some presets together; of none: only what holds for every model is kept."""
     generic = load_policy()
     about = " + ".join(preset.about for preset in presets)
     keep, drop, rules = (
         [rule for preset in presets for rule in getattr(preset, kind)] for kind in ("keep", "drop", "rules")
     )
-    return Policy(about, generic.always, tuple(keep), tuple(drop), tuple(rules), generic.banks)
+    rest = tuple(keep), tuple(drop), tuple(rules)
+    return Policy(about, generic.always, *rest, banks=generic.banks, presets=tuple(presets))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 
 from lrq.checkpoint.header import Entry
-from lrq.models.preset import Identity, Preset, presets
+from lrq.models.preset import ANY, ANYWHERE, Identity, Preset, presets
 
 COMPONENTS = (
     "model.diffusion_model.",
@@ -21,6 +21,10 @@ COMPONENTS = (
 )
 """Starts of the names of an all-in-one checkpoint's parts."""
 NEVER_QUANTIZED = ("first_stage_model.", "vae.", "audio_vae.", "vocoder.")
+STEM = "model."
+"""In front of a language model's names, but not where it was saved without its head, as embedding models are."""
+TABLE = "embed_tokens.weight"
+"""What tells a language model without that word from a model that has a few layers of its kind."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,16 @@ class Part:
         """What it is, for people."""
         return "not recognised" if self.preset is None else self.preset.about
 
+    def is_for(self, preset: Preset) -> bool:
+        """Whether a preset is for models of this family, or of any."""
+        own = self.family if self.preset is None else self.preset.family
+        return preset.family in (ANY, self.family, own)
+
 
 def recognise(entries: Mapping[str, Entry]) -> list[Part]:
     """The models of a checkpoint, recognised or not, in the order of their names; every tensor has one."""
     parts: dict[str, Part] = {}
-    for prefix, preset, identity in sorted(_claims(entries), key=lambda claim: -len(claim[2].keys)):
+    for prefix, preset, identity in _claims(entries):
         parts.setdefault(prefix, Part(prefix, preset, identity.family or preset.family))
     prefixes, inner = tuple(parts), tuple(filter(None, parts))
     for name in entries:
@@ -87,12 +96,26 @@ def _anchors() -> tuple[dict[str, list[tuple[Preset, Identity]]], tuple[str, ...
     """Identities by their first key, the keys, and those that are the start of a name."""
     table: dict[str, list[tuple[Preset, Identity]]] = {}
     for preset in presets().values():
-        for identity in preset.identify:
+        for identity in (layout for given in preset.identify for layout in _layouts(given)):
             table.setdefault(identity.keys[0], []).append((preset, identity))
     return table, tuple(key for key in table if key[-1] != "."), tuple(key for key in table if key[-1] == ".")
 
 
+def _layouts(identity: Identity) -> Iterator[Identity]:
+    """An identity, and of a language model that of the same without its head."""
+    yield identity
+    if identity.keys[0].startswith(STEM):
+
+        def bare(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+            return {key.removeprefix(STEM): shape for key, shape in shapes.items()}
+
+        keys, absent = ([key.removeprefix(STEM) for key in names] for names in (identity.keys, identity.absent))
+        shapes, unlike = bare(identity.shapes), tuple(map(bare, identity.unlike))
+        yield replace(identity, keys=(*keys, TABLE), absent=tuple(absent), shapes=shapes, unlike=unlike)
+
+
 def _claims(entries: Mapping[str, Entry]) -> list[tuple[str, Preset, Identity]]:
+    """Prefix, preset and identity of what is known; what more keys tell stands first, of equals by name."""
     table, whole, starts = _anchors()
     hits: set[tuple[str, str]] = set()
     for name in entries:
@@ -107,11 +130,14 @@ def _claims(entries: Mapping[str, Entry]) -> list[tuple[str, Preset, Identity]]:
             continue
         found += [(prefix, *known) for known in table[key] if _fits(known[1], prefix, entries)]
     prefixes = {prefix for prefix, _, _ in found}
-    return [claim for claim in found if not any(_inside(claim[0], other) for other in prefixes)]
+    outer = [claim for claim in found if not any(_inside(claim[0], other) for other in prefixes)]
+    return sorted(outer, key=lambda claim: (-len(claim[2].keys), claim[0], claim[1].name))
 
 
 def _fits(identity: Identity, prefix: str, entries: Mapping[str, Entry]) -> bool:
     def present(key: str) -> bool:
+        if key.startswith(ANYWHERE):
+            return any(key[1:] in name for name in entries if name.startswith(prefix))
         if key.endswith("."):
             return any(name.startswith(prefix + key) for name in entries)
         return prefix + key in entries

@@ -8,9 +8,9 @@ from typing import Any
 
 from lrq.config import Storage
 from lrq.errors import InputError
-from lrq.models.preset import load_table as load_preset
 from lrq.selection.layer_config import load_table as load_layer_config
 from lrq.selection.layer_config import read_rules
+from lrq.selection.policies import load_preset
 
 _STORAGE = {setting.name for setting in dataclasses.fields(Storage)}
 

@@ -36,15 +36,26 @@ def test_any_prefix_will_do(name, prefix):
     assert (part.prefix, part.family) == (prefix, inventories.family(name))
 
 
-BARE_TOO = ("gemma3_12b", "qwen3_4b_te", "qwen3_8b_te")
+LANGUAGE_MODELS = [name for name in inventories.NAMES if "model.layers.0.mlp.gate_proj.weight" in bare(name)]
+LANGUAGE_MODELS += ["gemma3_12b", "qwen3_30b_a3b"]
 """Known without ``model.`` as well: there any word before ``layers`` is a prefix."""
 
 
-@pytest.mark.parametrize("name", [name for name in inventories.NAMES if name not in BARE_TOO])
+@pytest.mark.parametrize("name", sorted(set(inventories.NAMES) - set(LANGUAGE_MODELS)))
 def test_names_that_only_end_alike_are_not_taken(name):
-    """A prefix ends at a dot: ``my_model.layers`` is not ``model.layers``."""
+    """A prefix ends at a dot: ``my_img_in`` is not ``img_in``."""
     renamed = {f"my_{key}": value for key, value in bare(name).items()}
     assert [part.preset for part in recognise(inventories.entries(renamed))] == [None]
+
+
+@pytest.mark.parametrize("prefix", ["", "a.b."])
+@pytest.mark.parametrize("name", sorted(set(LANGUAGE_MODELS) - {"gemma3_12b", "mistral_small_24b_2501"}))
+def test_a_language_model_is_known_without_its_head(name, prefix):
+    """As embedding models are saved: ``layers``, not ``model.layers``; what stands beside the model is gone."""
+    found = {key.removeprefix("model."): value for key, value in bare(name).items() if key.startswith("model.")}
+    (part,) = recognise(inventories.entries({prefix + key: value for key, value in found.items()}))
+    text = {"qwen2_5_vl": "qwen2"}.get(inventories.family(name), inventories.family(name))
+    assert (part.prefix, part.family) == (prefix, text)
 
 
 ALL_IN_ONE = {
@@ -98,7 +109,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "model.layers.0.self_attn.q_norm.weight",
         "model.layers.0.layer_scalar",
     ),
-    "qwen3": ("layers.0.self_attn.q_norm.weight", "layers.0.mlp.gate_proj.weight", "embed_tokens.weight"),
+    "qwen3": (
+        "layers.0.self_attn.q_norm.weight",
+        "layers.0.mlp.gate_proj.weight",
+        "layers.0.post_attention_layernorm.weight",
+        "embed_tokens.weight",
+    ),
     "qwen2": ("model.layers.0.self_attn.k_proj.bias", "model.layers.0.mlp.gate_proj.weight"),
     "clip_vision": ("vision_model.encoder.layers.0.self_attn.q_proj.weight",),
 }
@@ -116,6 +132,9 @@ def test_other_layouts_and_models_are_told_by_their_keys(family):
     [
         ("mistral", (4096, 4096), (14336, 4096), 32768),
         ("mistral", (4096, 4096), (14336, 4096), 32000),
+        ("mistral", (4096, 4096), (12288, 4096), 131072),
+        ("mistral", (12288, 12288), (28672, 12288), 32768),
+        ("llama", (4096, 4096), (14336, 4096), 32002),
         ("llama", (4096, 4096), (14336, 4096), 128256),
         ("llama", (4096, 4096), (11008, 4096), 32000),
         ("llama", (8192, 8192), (28672, 8192), 128256),
@@ -127,8 +146,12 @@ def test_llama_and_mistral_are_told_apart_by_shapes(family, q_proj, gate_proj, v
         "model.embed_tokens.weight": ("BF16", (vocabulary, q_proj[1])),
         "model.layers.0.self_attn.q_proj.weight": ("BF16", q_proj),
         "model.layers.0.mlp.gate_proj.weight": ("BF16", gate_proj),
+        "model.layers.0.post_attention_layernorm.weight": ("BF16", q_proj[1:]),
     }
-    assert [part.family for part in recognise(inventories.entries(found))] == [family]
+    (part,) = recognise(inventories.entries(found))
+    assert part.family == family and len(claims(inventories.entries(found))) == 1
+    # Also where the vocabulary is another one, and shapes don't tell.
+    assert "Mistral" in part.about
 
 
 def test_an_unknown_model_is_not_recognised():
