@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Container
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from lrq.checkpoint.layout import PROVENANCE
 from lrq.checkpoint.reader import CODES, Reader
 from lrq.config import Conversion
 from lrq.dialects import comfyui
-from lrq.errors import InputError, first_duplicate, printable
+from lrq.errors import InputError, counted, first_duplicate, printable
 from lrq.formats import Shape
 from lrq.models.policy import FLOAT_DTYPES, SUFFIX
 from lrq.models.recognition import Part
@@ -26,6 +27,7 @@ PATCHES = "patched_scales"
 """Key of that: input scales that ``lrq actscale`` gave, by the statistics and the percentile that it took."""
 MOST_REASONS = 3
 """Reasons that are named where nothing can be quantized."""
+_NUMBERS = re.compile(r"\d+(?:\.\d+)?")
 ACTS_ON_THE_LAYER = "it would act on the quantized layer"
 
 
@@ -51,6 +53,8 @@ class Plan:
     """What is kept where: names of the presets, by prefix of the part."""
     inputs: Inputs
     """Statistics of the layers' inputs, and what follows from them."""
+    outdone: tuple[str, ...]
+    """Rules of the user's that have no effect, one line each."""
     header: Header
     header_bytes: bytes
 
@@ -71,11 +75,14 @@ def _stored(layer: Layer) -> list[tuple[str, str, Shape]]:
     return [*stored, (f".{comfyui.MARKER}", "U8", (comfyui.marker_tensor(layer.marker).numel(),))]
 
 
-def make_plan(source: Reader, conversion: Conversion, allow_empty: bool = False) -> Plan:
+def make_plan(
+    source: Reader, conversion: Conversion, allow_empty: bool = False, decisions: Decisions | None = None
+) -> Plan:
     """Plan the conversion of an open checkpoint.
 
     Args:
         allow_empty: plan a copy where no layer can be quantized, instead of raising an error.
+        decisions: those of this conversion, where they are known already.
 
     Raises:
         InputError: a bad rule, names that collide, or nothing to quantize.
@@ -83,10 +90,9 @@ def make_plan(source: Reader, conversion: Conversion, allow_empty: bool = False)
     conversion.check()
     _refuse_legacy(source)
     with paused_collection():
-        decisions = decide(source.entries, conversion, str(source.path))
+        decisions = decisions or decide(source.entries, conversion, str(source.path))
         if not decisions.layers and not allow_empty:
-            reasons = _why_none(source, decisions.kept, decisions.refused)
-            raise InputError(f"{source.path}: no layer can be quantized ({reasons})")
+            raise nothing_to_quantize(source, decisions)
         # Decided model by model, read in the order of the file.
         layers = sorted(decisions.layers, key=lambda layer: layer.source.begin)
         return _assemble(source, conversion, tuple(layers), decisions)
@@ -102,13 +108,21 @@ def _refuse_legacy(source: Reader) -> None:
             )
 
 
-def _why_none(source: Reader, kept: dict[str, str], refused: dict[str, str]) -> str:
+def nothing_to_quantize(source: Reader, made: Plan | Decisions) -> InputError:
+    """The error of a checkpoint that no conversion can be made of: how many matrices stay, and why."""
     matrices = [e.name for e in source.header.entries if e.name.endswith(SUFFIX) and len(e.shape) >= 2]
-    why = {**kept, **refused}
-    reasons = sorted({why[name] for name in matrices if name in why})
-    if not reasons:
-        return "it holds no 2-D *.weight tensor"
-    return "; ".join(reasons[:MOST_REASONS]) + ("; ..." if len(reasons) > MOST_REASONS else "")
+    why = {**made.kept, **made.refused}
+    # Reasons that differ in nothing but numbers are one.
+    alike: dict[str, list[str]] = {}
+    for name in matrices:
+        if name in why:
+            alike.setdefault(_NUMBERS.sub("#", why[name]), []).append(why[name])
+    kinds = sorted(alike.values(), key=len, reverse=True)
+    reasons = [f"{counted(len(kind), 'layer')}: {kind[0]}" for kind in kinds[:MOST_REASONS]]
+    reasons += ["..."] * (len(kinds) > MOST_REASONS)
+    return InputError(
+        f"{source.path}: no layer can be quantized ({'; '.join(reasons) or 'it holds no 2-D *.weight tensor'})"
+    )
 
 
 def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...], decisions: Decisions) -> Plan:
@@ -159,6 +173,7 @@ def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...],
         tuple(decisions.parts),
         policies,
         inputs,
+        decisions.outdone,
         header,
         header_bytes,
     )

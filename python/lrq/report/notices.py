@@ -14,7 +14,7 @@ FEW = 3
 
 
 def notices(plan: Plan, conversion: Conversion) -> list[str]:
-    """Formats that stock ComfyUI can't load, tensors left out, presets in doubt, settings without effect."""
+    """Formats that stock ComfyUI can't load, tensors left out, presets in doubt, rules and settings without effect."""
     needs = sorted({(layer.format.name, layer.format.loader) for layer in plan.layers if layer.format.loader != STOCK})
     return [
         *(f"{name} is read by {loader}; {STOCK} can't load this file" for name, loader in needs),
@@ -22,6 +22,7 @@ def notices(plan: Plan, conversion: Conversion) -> list[str]:
         *map(_unrecognised, _by_generic_policy(plan)),
         *_unprotected(plan),
         *plan.inputs.notices,
+        *plan.outdone,
         *conversion.without_effect(),
     ]
 
