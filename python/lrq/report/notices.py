@@ -38,10 +38,13 @@ def _left_out(plan: Plan) -> list[str]:
 
 def _by_generic_policy(plan: Plan) -> list[Part]:
     """The parts whose layers the generic policy chose."""
+    about = load_policy().about
+    generic = [part for part in plan.parts if plan.policies[part.prefix] == about]
+    if not generic:
+        return []
     prefixes = sorted((part.prefix for part in plan.parts), key=len, reverse=True)
     quantized = {next(prefix for prefix in prefixes if layer.name.startswith(prefix)) for layer in plan.layers}
-    about = load_policy().about
-    return [part for part in plan.parts if part.prefix in quantized and plan.policies[part.prefix] == about]
+    return [part for part in generic if part.prefix in quantized]
 
 
 def _unrecognised(part: Part) -> str:
