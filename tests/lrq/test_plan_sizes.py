@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -107,3 +108,9 @@ def test_the_template_and_the_plan_of_the_largest_model_are_read_in_a_second(tmp
     tried.clear()
     assert run("plan", deepseek, *flags, "--layer_config", rules).exit_code == 0
     assert len(tried) < 20000
+    # Of whole names it tries each once.
+    names = list(json.loads(plan.read_text())["layers"])[:300]
+    rules.write_text(json.dumps({f"^{re.escape(name)}$": {"format": "fp8"} for name in names}))
+    tried.clear()
+    assert run("plan", deepseek, *flags, "--layer_config", rules).exit_code == 0
+    assert len(tried) == 300

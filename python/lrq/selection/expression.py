@@ -29,6 +29,7 @@ class Names:
 
     def __init__(self, names: Iterable[str]) -> None:
         self.all = list(names)
+        self.known = set(self.all)
 
     @cached_property
     def by_kind(self) -> dict[str, list[str]]:
@@ -81,8 +82,14 @@ class Expression:
         if self.pattern.of_kinds:
             return [name for alike in names.by_kind.values() if self.finds(alike[0]) for name in alike]
         found = names.all
+        if self.pattern.whole:
+            # Before a last line feed there is an end, too.
+            found = [name for name in (self.pattern.whole, f"{self.pattern.whole}\n") if name in names.known]
         for group in self.pattern.needles:
-            found = [name for name in found if any(needle in name for needle in group)]
+            first, *more = group
+            # Each by itself: to ask for any of some takes five times as long.
+            hits = {name for needle in more for name in found if needle in name}
+            found = [name for name in found if first in name or name in hits]
         return list(filter(self.finds, found))
 
     @property

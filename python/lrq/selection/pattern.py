@@ -28,6 +28,8 @@ class Pattern:
     literals: int
     """Characters that every name it finds has to spell out: of ``a|b`` those of the shorter branch."""
     needles: Needles = ()
+    whole: str = ""
+    """The one name that it finds, where it is nothing but that between a start and an end."""
     of_kinds: bool = False
     """Whether it finds all names that differ in nothing but whole numbers between dots, or none of them."""
 
@@ -49,6 +51,7 @@ def read(text: str) -> Pattern:
     return Pattern(
         _literals_of(nodes),
         () if flags & re.IGNORECASE else _needles_of(nodes),
+        "" if flags & (re.IGNORECASE | re.MULTILINE) else _whole(nodes),
         not flags & re.ASCII and _are_of_kinds(nodes),
     )
 
@@ -90,6 +93,12 @@ def _needles_of(nodes: Iterable[Node]) -> Needles:
             if all(branches):
                 found.append(tuple(one for branch in branches for one in max(branch, key=lambda o: min(map(len, o)))))
     return tuple(found)
+
+
+def _whole(nodes: Sequence[Node]) -> str:
+    inner = nodes[1:-1]
+    ends = len(nodes) > 2 and nodes[0] == (op.AT, op.AT_BEGINNING) and nodes[-1] == (op.AT, op.AT_END)
+    return "".join(chr(value) for _, value in inner) if ends and all(kind is op.LITERAL for kind, _ in inner) else ""
 
 
 def _are_of_kinds(nodes: Sequence[Node], inner: bool = False) -> bool:

@@ -141,6 +141,7 @@ NAMES = [
     "1x.12.a",
     "a\n1",
     "blocks.٣.attn",
+    "blocks.0.attn\n",
     "Attn{e}",
     "ab[:alpha]",
 ]
@@ -157,6 +158,7 @@ TEXTS = [
     "1",
     r"^1\.",
 ]
+TEXTS += [r"^blocks\.0\.attn$", r"(?m)^blocks\.0\.attn$", r"(?i)^BLOCKS\.0\.attn$", "^1$", "^$", "0.attn|1.attn|12"]
 TEXTS += [
     r"(?a)\d+",
     r"\.(\d+|fc)",
