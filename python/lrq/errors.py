@@ -21,6 +21,10 @@ class UnfinishedError(InputError):
     """Not the input is at fault but a disk, its space or memory; what was written is kept for the next run."""
 
 
+class RepeatedKeyError(ValueError):
+    """A key of a JSON object that is there twice."""
+
+
 def printable(name: str) -> str:
     """``name`` with control characters escaped, so that a file's own words can't steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in name)
@@ -49,10 +53,10 @@ def first_duplicate(names: Iterable[str]) -> str:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For :func:`json.loads`, whose last value of a key would win; raises ValueError for a key that is there twice."""
+    """For :func:`json.loads`, whose last value of a key would win; raises :class:`RepeatedKeyError`."""
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError(f"duplicate key {printable(first_duplicate(name for name, _ in pairs))!r}")
+        raise RepeatedKeyError(f"duplicate key {printable(first_duplicate(name for name, _ in pairs))!r}")
     return table
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from lrq.calibration.inputs import InputStats
 from lrq.checkpoint.reader import Reader
 from lrq.config import Conversion
-from lrq.errors import InputError, printable
-from lrq.formats import Format
+from lrq.errors import InputError, counted, printable
+from lrq.formats import FORMATS, Format
 from lrq.models.policy import SUFFIX
 from lrq.plan import make_plan
 from lrq.repair.bias import output_error
@@ -106,6 +106,12 @@ def measure_layers(
         wide = make_plan(source, _with_family(conversion, nvfp4=False), allow_empty=True)
         free = _free_layers(layers, [layer for layer in wide.layers if layer.name not in changed])
         fixed = [layer for layer in layers if layer.name not in free]
+        # What was decided before, in a plan or a file that is made again, stays so.
+        if fixed and not free and not selection.layers:
+            raise InputError(
+                f"--target_bits {selection.target_bits:g}: rules decide on {counted(len(fixed), 'layer')}, which are "
+                "all; leave the target away, or some of the rules"
+            )
         if free:
             check_memory([layer for layer, _ in free.values()], wide.inputs.stats is not None, limit)
             bought, budget = _spend(conversion, free, fixed, read, wide.inputs)
@@ -164,11 +170,15 @@ def _spend(
     spent = sum(point.bits for point in bought.chosen.values())
     left = sum(point.error for point in bought.chosen.values())
     curve = [(round((bits + taken) / weights, 4), _percent(error, outputs)) for bits, error in bought.corners]
-    by_name = {fmt.name: spec_of(fmt, conversion.storage.full_precision_matrix_mult) for fmt in CANDIDATES}
-    by_name[SOURCE] = {"skip": True}
     why = {"_why": f"--target_bits {target:g}"}
-    rules = {name: by_name[point.name] | why for name, point in bought.chosen.items()}
+    rules = {name: _rule(free[name][0], point) | why for name, point in bought.chosen.items()}
     return rules, Budget(target, round((spent + taken) / weights, 4), _percent(left, outputs), _thinned(curve))
+
+
+def _rule(layer: Layer, chosen: Point) -> dict[str, Any]:
+    if chosen.name == SOURCE:
+        return {"skip": True}
+    return spec_of(FORMATS[chosen.name], layer.full_precision, layer.simple)
 
 
 def _percent(error: float, outputs: int) -> float:

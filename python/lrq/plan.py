@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from lrq.checkpoint.layout import PROVENANCE
 from lrq.checkpoint.reader import CODES, Reader
 from lrq.config import Conversion
 from lrq.dialects import comfyui
-from lrq.errors import InputError, first_duplicate, listed, printable
+from lrq.errors import InputError, counted, first_duplicate, listed, printable
 from lrq.formats import Shape
 from lrq.models.lora import lora_factors
 from lrq.models.policy import FLOAT_DTYPES, SUFFIX
@@ -30,6 +31,7 @@ PATCHES = "patched_scales"
 """Key of that: input scales that ``lrq actscale`` gave, by the statistics and the percentile that it took."""
 MOST_REASONS = 3
 """Reasons that are named where nothing can be quantized."""
+_NUMBERS = re.compile(r"\d+(?:\.\d+)?")
 ACTS_ON_THE_LAYER = "it would act on the quantized layer"
 
 
@@ -59,6 +61,8 @@ class Plan:
     """What messages name."""
     inputs: Inputs
     """Statistics of the layers' inputs, and what follows from them."""
+    outdone: tuple[str, ...]
+    """Rules of the user's that have no effect, one line each."""
     header: Header
     header_bytes: bytes
 
@@ -79,11 +83,14 @@ def _stored(layer: Layer) -> list[tuple[str, str, Shape]]:
     return [*stored, (f".{comfyui.MARKER}", "U8", (comfyui.marker_tensor(layer.marker).numel(),))]
 
 
-def make_plan(source: Reader, conversion: Conversion, allow_empty: bool = False) -> Plan:
+def make_plan(
+    source: Reader, conversion: Conversion, allow_empty: bool = False, decisions: Decisions | None = None
+) -> Plan:
     """Plan the conversion of an open checkpoint.
 
     Args:
         allow_empty: plan a copy where no layer can be quantized, instead of raising an error.
+        decisions: those of this conversion, where they are known already.
 
     Raises:
         InputError: a bad rule, names that collide, or nothing to quantize.
@@ -92,11 +99,9 @@ def make_plan(source: Reader, conversion: Conversion, allow_empty: bool = False)
     _refuse_legacy(source)
     _refuse_lora(source)
     with paused_collection():
-        decisions = decide(source.entries, conversion, str(source.path))
+        decisions = decisions or decide(source.entries, conversion, str(source.path))
         if not decisions.layers and not allow_empty:
-            reasons = _why_none(source, decisions.kept, decisions.refused)
-            model = f"; the model is {describe(decisions.parts)}" if conversion.selection.preset else ""
-            raise InputError(f"{source.path}: no layer can be quantized ({reasons}){model}")
+            raise nothing_to_quantize(source, decisions, conversion)
         # Decided model by model, read in the order of the file.
         layers = sorted(decisions.layers, key=lambda layer: layer.source.begin)
         return _assemble(source, conversion, tuple(layers), decisions)
@@ -122,13 +127,21 @@ def _refuse_lora(source: Reader) -> None:
         )
 
 
-def _why_none(source: Reader, kept: dict[str, str], refused: dict[str, str]) -> str:
+def nothing_to_quantize(source: Reader, made: Plan | Decisions, conversion: Conversion) -> InputError:
+    """The error of a checkpoint that no conversion can be made of: how many matrices stay, and why."""
     matrices = [e.name for e in source.header.entries if e.name.endswith(SUFFIX) and len(e.shape) >= 2]
-    why = {**kept, **refused}
-    reasons = sorted({why[name] for name in matrices if name in why})
-    if not reasons:
-        return "it holds no 2-D *.weight tensor"
-    return "; ".join(reasons[:MOST_REASONS]) + ("; ..." if len(reasons) > MOST_REASONS else "")
+    why = {**made.kept, **made.refused}
+    # Reasons that differ in nothing but numbers are one.
+    alike: dict[str, list[str]] = {}
+    for name in matrices:
+        if name in why:
+            alike.setdefault(_NUMBERS.sub("#", why[name]), []).append(why[name])
+    kinds = sorted(alike.values(), key=len, reverse=True)
+    reasons = [f"{counted(len(kind), 'layer')}: {kind[0]}" for kind in kinds[:MOST_REASONS]]
+    reasons += ["..."] * (len(kinds) > MOST_REASONS)
+    model = f"; the model is {describe(made.parts)}" if conversion.selection.preset else ""
+    why_none = "; ".join(reasons) or "it holds no 2-D *.weight tensor"
+    return InputError(f"{source.path}: no layer can be quantized ({why_none}){model}")
 
 
 def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...], decisions: Decisions) -> Plan:
@@ -181,6 +194,7 @@ def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...],
         {prefix: policy.presets for prefix, policy in decisions.policies.items()},
         source.path,
         inputs,
+        decisions.outdone,
         header,
         header_bytes,
     )

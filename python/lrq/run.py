@@ -113,7 +113,7 @@ def quantize(
             conversion, budget = measure_layers(reader, conversion, chosen, execution.ram_bytes)
         plan = make_plan(reader, conversion)
         stem = reader.stem if folder is None else Path(folder) / reader.stem.name
-        layout = _layout(
+        layout = layout_of(
             default_output(stem, plan, conversion) if output is None else target_of(output), plan, execution
         )
         used_files = (
@@ -150,7 +150,8 @@ def _larger(layout: Layout, execution: Execution) -> list[str]:
     return [f"--shard_size: {counted(len(over), 'file')} larger, as one layer or tensor with its header is"]
 
 
-def _layout(path: Path, plan: Plan, execution: Execution) -> Layout:
+def layout_of(path: Path, plan: Plan, execution: Execution) -> Layout:
+    """The files that a planned output is made of, where ``path`` is its name if it is one file."""
     if execution.shard_bytes is None:
         return one_file(path, plan.header, plan.header_bytes)
     kinds = {entry.name: (entry.name, entry.dtype, entry.shape) for entry in plan.header.entries}
@@ -159,7 +160,9 @@ def _layout(path: Path, plan: Plan, execution: Execution) -> Layout:
         names = [f"{layer.name}.{suffix}" for suffix in comfyui.WRITTEN]
         groups[layer.source.begin] = [kinds.pop(name) for name in names if name in kinds]
     ordered = [list(kinds.values()), *(groups[begin] for begin in sorted(groups))]
-    return in_shards(path, ordered, plan.header.metadata, execution.shard_bytes)
+    layout = in_shards(path, ordered, plan.header.metadata, execution.shard_bytes)
+    # One file is the same, whether it might have been more or not.
+    return layout if layout.index is not None else one_file(path, plan.header, plan.header_bytes)
 
 
 def _write(

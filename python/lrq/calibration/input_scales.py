@@ -51,7 +51,7 @@ def read_input_scales(path: str | os.PathLike[str]) -> dict[str, float]:
 
 def _from_json(file: Path) -> dict[str, float]:
     try:
-        table = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        table = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
     except OSError as error:
         raise InputError(f"{file}: can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

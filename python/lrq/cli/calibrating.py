@@ -45,7 +45,7 @@ def calibrate(
     \b
     Example:
       lrq calibrate --hf all-MiniLM-L6-v2 --texts sentences.txt -o stats.safetensors
-      lrq calibrate --simulate model.safetensors --actcal-lora lora.safetensors -o stats.safetensors
+      lrq calibrate --simulate model.safetensors --actcal_lora lora.safetensors -o stats.safetensors
     """
     from lrq.cli.main import guarded
 

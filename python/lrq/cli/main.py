@@ -105,7 +105,7 @@ def main() -> None:
     is_flag=False,
     flag_value="plan",
     type=click.Choice(["plan", "create-template"]),
-    help="Plan only; create-template writes a --layer-config to edit.",
+    help="Plan only; create-template writes a --layer_config to edit.",
 )
 @execution_options
 @click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu, cuda, cuda:1, ...")
@@ -132,12 +132,10 @@ def convert_to_quant(
         from lrq.cli.batch import convert_all
 
         execution = Execution.from_settings(settings)
-        conversion = planning.conversion_of(click.get_current_context(), settings, sources, plan_file)
+        wanted = planning.wanted(click.get_current_context(), settings, sources, plan_file)
         if dry_run is not None:
-            planning.dry_run(sources, conversion, execution, device, dry_run, output)
-            return 0
-
-        return convert_all(sources, output, conversion, execution, device, verbose)
+            return planning.dry_run(sources, wanted, execution, device, dry_run, output)
+        return convert_all(sources, output, planning.settled(wanted, sources[0]), execution, device, verbose)
 
     failed = guarded(work)
     if failed:
@@ -166,8 +164,8 @@ def plan(source: str, device: str, as_json: bool, verbose: bool, measure: bool, 
         from lrq.cli import planning
 
         execution = Execution.from_settings(settings)
-        conversion = planning.conversion_of(click.get_current_context(), settings, (source,), None)
-        planning.print_plan(source, conversion, execution, device, as_json, verbose, measure)
+        wanted = planning.wanted(click.get_current_context(), settings, (source,), None)
+        planning.print_plan(source, wanted, execution, device, as_json, verbose, measure)
 
     guarded(work)
 

@@ -68,8 +68,8 @@ def _spelled(arg: str, known: set[str]) -> str:
     found = re.fullmatch(r"(--[^=]+)(=.*)?", arg, re.DOTALL)
     if found is None or found[1] in known:
         return arg
-    underscored = "--" + found[1][2:].replace("-", "_")
-    return underscored + (found[2] or "") if underscored in known else arg
+    alike = next((name for name in known if name.replace("-", "_") == found[1].replace("-", "_")), found[1])
+    return alike + (found[2] or "")
 
 
 def execution_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +106,7 @@ def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def preset_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--preset``, a flag for every preset, and ``--layer-config``."""
+    """``--preset``, a flag for every preset, and ``--layer_config``."""
     command = click.option(
         "--layer_config", metavar="FILE", help="JSON: regular expressions of layer names, each with format or skip."
     )(command)
@@ -134,11 +134,6 @@ def given_settings(ctx: click.Context, settings: dict[str, Any]) -> dict[str, An
     return {**settings, "preset": (*settings["preset"], *ctx.meta.get(PRESETS, ()))}
 
 
-def _alternatives(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> str | None:
-    """One regular expression that finds what any of the given ones finds."""
-    return "|".join(f"(?:{one})" for one in value) if len(value) > 1 else next(iter(value), None)
-
-
 def _option(setting: dataclasses.Field[Any]) -> Callable[..., Any]:
     meta, default = setting.metadata, setting.default
     flag = f"--{setting.name}"
@@ -152,8 +147,8 @@ def _option(setting: dataclasses.Field[Any]) -> Callable[..., Any]:
             help=meta["meaning"],
             callback=lambda ctx, param, value: value == "on",
         )
-    if meta.get("alternatives"):
-        return click.option(flag, multiple=True, metavar=meta["metavar"], help=meta["meaning"], callback=_alternatives)
+    if meta.get("multiple"):
+        return click.option(flag, multiple=True, metavar=meta["metavar"], help=meta["meaning"])
     if isinstance(default, bool):
         return click.option(flag, is_flag=True, default=default, help=meta["meaning"])
     kind: Any = str

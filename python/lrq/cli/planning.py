@@ -8,6 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from rich.text import Text
 
 from lrq.checkpoint import disk
 from lrq.checkpoint.header import paused_collection
-from lrq.checkpoint.layout import partial_of
+from lrq.checkpoint.layout import Layout, partial_of
 from lrq.checkpoint.reader import Reader
+from lrq.checkpoint.target import target_of
 from lrq.cli.batch import expand_new
 from lrq.cli.options import given_settings
 from lrq.cli.progress import budget_line, model_line, sized
@@ -33,19 +35,32 @@ from lrq.execution import Execution
 from lrq.measure import Budget, measure_layers, measures
 from lrq.models.patterns import skeleton
 from lrq.models.policy import NOT_A_WEIGHT
-from lrq.plan import Plan, make_plan
+from lrq.plan import Plan, make_plan, nothing_to_quantize
 from lrq.report import planned
 from lrq.report.notices import notices
-from lrq.run import choose_device
+from lrq.run import choose_device, default_output, layout_of
+from lrq.selection.decide import Decisions
 from lrq.selection.resolve import resolve
 
 _HARMLESS = ("source", "output", "plan_file", "dry_run", "device", "verbose", "as_json", "measure")
 
 
-def conversion_of(
-    ctx: click.Context, settings: dict[str, Any], sources: Sequence[str], plan_file: str | None
-) -> Conversion:
-    """The configuration that a command line describes, or a plan file that it names.
+@dataclass(frozen=True)
+class PlanFile:
+    """A file that describes the whole conversion of one checkpoint."""
+
+    path: str
+
+    def read(self, source: Reader) -> tuple[Conversion, Decisions | None]:
+        """What it describes; with it the decisions, where they are known."""
+        return planned.read_plan(self.path, source)
+
+
+Wanted = Conversion | PlanFile
+
+
+def wanted(ctx: click.Context, settings: dict[str, Any], sources: Sequence[str], plan_file: str | None) -> Wanted:
+    """What a command line asks for.
 
     Raises:
         InputError: settings beside a plan file, which has all of them.
@@ -59,31 +74,57 @@ def conversion_of(
         raise InputError(f"--plan {plan_file}: has all settings; leave --{name} away, or change it in the plan")
     if len(sources) > 1:
         raise InputError(f"--plan {plan_file}: is of one checkpoint, not of {len(sources)}; give one -i")
-    with Reader(sources[0]) as reader:
-        return planned.read_plan(plan_file, reader)
+    return PlanFile(plan_file)
+
+
+def settled(what: Wanted, source: str) -> Conversion:
+    """The configuration, read from the plan file if there is one."""
+    if isinstance(what, Conversion):
+        return what
+    with Reader(source) as reader:
+        return what.read(reader)[0]
 
 
 def dry_run(
-    sources: Sequence[str], conversion: Conversion, execution: Execution, device: str, what: str, output: str | None
-) -> None:
-    """Print the plan of every source, or write the template of a layer-config."""
+    sources: Sequence[str], what: Wanted, execution: Execution, device: str, kind: str, output: str | None
+) -> int:
+    """Print the plan of every source, or write the template of a layer-config.
+
+    Returns:
+        How many of many sources can't be converted.
+
+    Raises:
+        InputError: the only one can't be.
+    """
     names = expand_new(sources)
-    if what == "plan":
-        for name in names:
-            print_plan(name, conversion, execution, device)
-        return
-    if len(names) > 1:
-        raise InputError(f"--dry-run create-template: is of one checkpoint, not of {len(names)}; give one -i")
-    source = names[0]
+    if kind == "create-template":
+        if len(names) > 1:
+            raise InputError(f"--dry-run create-template: is of one checkpoint, not of {len(names)}; give one -i")
+        _write_template(names[0], what, device, output)
+        return 0
+    failed = 0
+    for name in names:
+        try:
+            print_plan(name, what, execution, device, output=output)
+        except InputError as error:
+            if len(names) == 1:
+                raise
+            failed += 1
+            click.echo(f"error: {printable(str(error))}", err=True)
+    return failed
+
+
+def _write_template(source: str, what: Wanted, device: str, output: str | None) -> None:
     path = Path(output) if output else Path(source).with_name(f"{Path(source).stem}-layers.json")
     with Reader(source) as reader:
+        conversion, made = (what, None) if isinstance(what, Conversion) else what.read(reader)
         conversion, _ = _decided(reader, conversion, choose_device(device), False)
-        table = planned.template(make_plan(reader, conversion, allow_empty=True))
+        table = planned.template(make_plan(reader, conversion, True, made), reader.entries)
     if path.exists():
         raise InputError(f"{path}: exists; name another file with -o")
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(spec)}" for key, spec in table.items())
     _write_whole(path, f"{{\n{lines}\n}}\n".encode())
-    click.echo(f"{printable(str(path))}: {len(table)} rules; edit them, and give it to --layer-config", err=True)
+    click.echo(f"{printable(str(path))}: {len(table)} rules; edit them, and give it to --layer_config", err=True)
 
 
 def _write_whole(path: Path, data: bytes) -> None:
@@ -106,30 +147,47 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 def print_plan(
     source: str,
-    conversion: Conversion,
+    what: Wanted,
     execution: Execution,
     device: str,
     as_json: bool = False,
     verbose: bool = False,
     measure: bool = False,
+    output: str | None = None,
 ) -> None:
-    """Print what a conversion would do; with ``measure``, after it has read the weights where they decide."""
+    """Print what a conversion would do; with ``measure``, after it has read the weights where they decide.
+
+    Raises:
+        InputError: the conversion can't be run; where it has a plan all the same, that is printed first.
+    """
     chosen = choose_device(device)
     with paused_collection(), Reader(source) as reader:
+        conversion, made = (what, None) if isinstance(what, Conversion) else what.read(reader)
+        asked = conversion
         conversion, budget = _decided(reader, conversion, chosen, measure)
-        plan = make_plan(reader, conversion, allow_empty=True)
+        plan = make_plan(reader, conversion, True, made if conversion is asked else None)
         needs = estimate(plan, conversion, execution, chosen)
+        layout = layout_of(_target(reader, plan, conversion, output), plan, execution)
         if as_json:
-            click.echo(json.dumps(planned.document(reader, plan, conversion, needs, budget), indent=1))
-            return
-        for part in planned.models(plan):
-            click.echo(model_line(part["prefix"], part["about"], part["preset"], part["policy"]))
-        _print_layers(plan, verbose)
-        _say_totals(reader, plan, needs)
-    if budget is not None:
-        click.echo(budget_line(budget))
-    for notice in [*notices(plan, conversion), *([] if measure else _of_measuring(plan, conversion))]:
-        click.echo(f"notice: {notice}")
+            click.echo(json.dumps(planned.document(reader, plan, layout, conversion, needs, budget), indent=1))
+        else:
+            for part in planned.models(plan):
+                click.echo(model_line(part["prefix"], part["about"], part["preset"], part["policy"]))
+            _print_layers(plan, verbose)
+            _say_totals(reader, plan, layout, needs)
+            if budget is not None:
+                click.echo(budget_line(budget))
+            for notice in [*notices(plan, conversion), *([] if measure else _of_measuring(plan, conversion))]:
+                click.echo(f"notice: {notice}")
+        if not plan.layers:
+            raise nothing_to_quantize(reader, plan, conversion)
+
+
+def _target(source: Reader, plan: Plan, conversion: Conversion, output: str | None) -> Path:
+    """The name of the output, which stands in the index of its shards."""
+    if output is not None and not os.path.isdir(output):
+        return target_of(output)
+    return default_output(source.stem, plan, conversion) if plan.layers else source.stem
 
 
 def _decided(
@@ -141,15 +199,21 @@ def _decided(
     return measure_layers(source, conversion, device)
 
 
+_MEASURED = {
+    "heur": "layers whose error is out of line stay as they are",
+    "max_error": "layers with too large an error become wider",
+}
+
+
 def _of_measuring(plan: Plan, conversion: Conversion) -> list[str]:
-    if not plan.layers:
-        return ["no layer can be quantized: there is nothing to convert"]
-    measuring = {"--heur": conversion.selection.heur, "--max_error": conversion.selection.max_error is not None}
+    """What the weights may still change, where they were not read, and no rule decides on all layers."""
+    selection = conversion.selection
+    if selection.target_bits is not None or all(layer.asked for layer in plan.layers):
+        return []
     return [
-        f"{flag} also measures weights when it converts: layers with too large an error become wider, and add bytes; "
-        "--measure does so now"
-        for flag, given in measuring.items()
-        if given
+        f"--{flag} also measures weights when it converts: {what}, and add bytes; lrq plan --measure does so now"
+        for flag, what in _MEASURED.items()
+        if getattr(selection, flag) not in (False, None)
     ]
 
 
@@ -184,13 +248,14 @@ def _print_layers(plan: Plan, verbose: bool) -> None:
     console().print(table)
 
 
-def _say_totals(source: Reader, plan: Plan, needs: Estimate) -> None:
+def _say_totals(source: Reader, plan: Plan, layout: Layout, needs: Estimate) -> None:
     quantized_bits, bits = planned.bits_per_weight(plan)
     formats = Counter(layer.format.name for layer in plan.layers)
     what = ", ".join(f"{count} layers to {name}" for name, count in formats.items()) or "no layer quantized"
     weights = sum(math.prod(layer.source.shape) for layer in plan.layers)
     click.echo(f"{what}; {weights} weights, {quantized_bits:.2f} bits each with their scales; {bits:.2f} of all")
-    click.echo(f"size: {source.size} -> {plan.output_size} bytes ({sized(source.size)} -> {sized(plan.output_size)})")
+    shards = "" if layout.index is None else f"; {len(layout.files)} files and an index of {len(layout.index)} bytes"
+    click.echo(f"size: {source.size} -> {layout.size} bytes ({sized(source.size)} -> {sized(layout.size)}){shards}")
     slow = planned.slow_layers(plan)
     reasons = Counter(slow.values())
     but = "".join(f"; {count} not: {why}" for why, count in reasons.most_common(3))

@@ -152,22 +152,25 @@ class Selection:
     """Which layers are quantized, and which of them in another format."""
 
     preset: tuple = _setting((), "Presets by name, or as tables read from files; none: recognised.", flag=False)
-    exclude_layers: str | None = _setting(
-        None,
+    exclude_layers: tuple = _setting(
+        (),
         "Regular expression; layers whose name it finds keep their precision. Given again, it excludes those as well.",
         metavar="REGEX",
-        alternatives=True,
+        multiple=True,
     )
     fallback: str | None = _setting(
         None,
         "Format of layers that are excluded, by a preset or --exclude_layers [default: as they are].",
         metavar="TYPE",
     )
-    custom_layers: str | None = _setting(
-        None, "Regular expression; layers whose name it finds are stored as --custom-type.", metavar="REGEX"
+    custom_layers: tuple = _setting(
+        (),
+        "Regular expression; layers whose name it finds are stored as --custom_type. Given again, those as well.",
+        metavar="REGEX",
+        multiple=True,
     )
     custom_type: str | None = _setting(
-        None, "Format of --custom-layers: fp8, fp8-row, int8, int8-row, nvfp4, mxfp8, ...", metavar="TYPE"
+        None, "Format of --custom_layers: fp8, fp8-row, int8, int8-row, nvfp4, mxfp8, ...", metavar="TYPE"
     )
     layer_config: dict | None = _setting(None, "Formats by regular expression.", flag=False)  # noqa: RUF009
     fullmatch: bool = _setting(False, "Regular expressions must match the whole name of a layer.")
@@ -188,9 +191,21 @@ class Selection:
     )
     layers: dict | None = _setting(None, "Decisions by exact name, above all rules.", flag=False)  # noqa: RUF009
 
+    def __post_init__(self) -> None:
+        # One expression stands for itself, and JSON has lists.
+        for name in ("exclude_layers", "custom_layers"):
+            value = getattr(self, name)
+            if value is None or isinstance(value, str | list):
+                texts = (value,) if isinstance(value, str) else tuple(value or ())
+                object.__setattr__(self, name, texts)
+
     def check(self) -> None:
         """Raise :class:`InputError` for a combination that has no meaning."""
-        if (self.custom_layers is None) != (self.custom_type is None):
+        for name in ("exclude_layers", "custom_layers"):
+            wrong = next((text for text in getattr(self, name) if not isinstance(text, str)), None)
+            if wrong is not None:
+                raise InputError(f"--{name}: must be a regular expression, got {wrong!r}")
+        if bool(self.custom_layers) != (self.custom_type is not None):
             given, missing = ("layers", "type") if self.custom_type is None else ("type", "layers")
             raise InputError(f"--custom_{given}: needs --custom_{missing} as well")
         if self.target_bits is not None and self.max_error is not None:

@@ -18,7 +18,7 @@ FEW = 3
 
 
 def notices(plan: Plan, conversion: Conversion) -> list[str]:
-    """Formats that stock ComfyUI can't load, tensors left out, presets in doubt, settings without effect."""
+    """Formats that stock ComfyUI can't load, tensors left out, presets in doubt, rules and settings without effect."""
     needs = sorted({(layer.format.name, layer.format.loader) for layer in plan.layers if layer.format.loader != STOCK})
     return [
         *(f"{name} is read by {loader}; {STOCK} can't load this file" for name, loader in needs),
@@ -27,6 +27,7 @@ def notices(plan: Plan, conversion: Conversion) -> list[str]:
         *map(_unrecognised, _by_generic_policy(plan)),
         *_overridden(plan),
         *plan.inputs.notices,
+        *plan.outdone,
         *conversion.without_effect(),
     ]
 
@@ -49,10 +50,13 @@ def _lone_shard(source: Path) -> list[str]:
 
 def _by_generic_policy(plan: Plan) -> list[Part]:
     """The parts whose layers the generic policy chose."""
+    about = load_policy().about
+    generic = [part for part in plan.parts if plan.policies[part.prefix] == about]
+    if not generic:
+        return []
     prefixes = sorted((part.prefix for part in plan.parts), key=len, reverse=True)
     quantized = {next(prefix for prefix in prefixes if layer.name.startswith(prefix)) for layer in plan.layers}
-    about = load_policy().about
-    return [part for part in plan.parts if part.prefix in quantized and plan.policies[part.prefix] == about]
+    return [part for part in generic if part.prefix in quantized]
 
 
 def _unrecognised(part: Part) -> str:

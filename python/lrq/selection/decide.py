@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from lrq.checkpoint.header import Entry
 from lrq.config import Conversion, Storage
@@ -32,13 +31,16 @@ class Decisions:
     """Reason by tensor, for weights whose shape the format can't take."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Reason by tensor, for those that are left out."""
+    outdone: tuple[str, ...] = ()
+    """Rules of the user's that have no effect, one line each."""
 
 
 def decide(entries: Mapping[str, Entry], conversion: Conversion, where: str) -> Decisions:
     """Decide on every tensor of a checkpoint; ``where`` names it in errors.
 
-    Above all stand the exact names of ``layers``, then --exclude_layers, --custom-layers and the patterns of
-    --layer-config; then presets, ``_default``, --heur, and last the run's own format.
+    Above all stand the exact names of ``layers``, then --exclude_layers, --custom_layers and the expressions of
+    --layer_config. Where none of them speaks presets say what stays, then --heur; what is left has the format of
+    ``_default``, or the run's own, but where a preset's rule replaces that.
 
     Raises:
         InputError: a rule that is wrong, finds nothing, or asks for what can't be done.
@@ -56,6 +58,7 @@ def decide(entries: Mapping[str, Entry], conversion: Conversion, where: str) -> 
     for part in parts:
         _decide_part(part, tensors[part.prefix], policies[part.prefix], judge, done, decisions)
     rules.check(where)
+    decisions.outdone = tuple(rules.outdone())
     return decisions
 
 
@@ -67,39 +70,30 @@ def _decide_part(
     for entry in tensors:
         if policy.drop and policy.drops(entry.name[start:]):
             decisions.dropped[entry.name] = policy.verdict(entry.name[start:]).why
+            judge.rules.refuse_left_out(entry.name.removesuffix(SUFFIX), decisions.dropped[entry.name])
             continue
         why = policy.impossible(entry, done)
         if why is None:
             possible.append((entry, policy.verdict(entry.name[start : -len(SUFFIX)])))
         else:
             decisions.kept[entry.name] = why
-            judge.rules.note_impossible(entry, why)
+            if entry.name.endswith(SUFFIX):
+                judge.rules.note_useless(entry.name[: -len(SUFFIX)], why)
     outside: set[str] = set()
     if policy.keep_outside_blocks:
         before = [entry for entry in tensors if entry.name.endswith(SUFFIX) and entry.name[: -len(SUFFIX)] in done]
         outside = policy.outside([entry for entry, verdict in possible if verdict.action == "quantize"], before)
-    usual = judge.usual
     for entry, verdict in possible:
-        if verdict is QUANTIZE and usual is not None and entry.name not in outside:
-            fmt = usual(entry.shape)
-            if not isinstance(fmt, str):
-                decisions.layers.append(
-                    Layer(entry.name[: -len(SUFFIX)], entry, fmt, full_precision=judge.full_precision)
-                )
-                continue
         judge.judge(entry, Verdict("keep", OUTSIDE) if entry.name in outside else verdict, decisions)
 
 
 class _Judge:
     def __init__(self, conversion: Conversion, rules: UserRules, fallback: Storage | None) -> None:
-        self.run, self.rules, self.fallback = conversion.storage, rules, fallback
+        self.rules, self.fallback = rules, fallback
         self.heur = conversion.selection.heur
         self.default = rules.default or Choice(conversion.storage, "")
-        self.full_precision = conversion.storage.full_precision_matrix_mult
-        self.usual: Callable[[Shape], Format | str] | None = None
-        """The run's own format by shape, where neither rule nor heuristic says more."""
-        if not (rules.default or rules.any or self.heur):
-            self.usual = cache(lambda shape: choose_format(conversion.storage, shape))
+        self._formats: dict[tuple[int, Shape], Format | str] = {}
+        self._of_presets: dict[int, Choice] = {}
 
     def judge(self, entry: Entry, verdict: Verdict, decisions: Decisions) -> None:
         """Record what becomes of a weight that could be quantized."""
@@ -111,34 +105,44 @@ class _Judge:
         if choice is None or choice.storage is None:
             decisions.kept[entry.name] = why_not if choice is None else choice.why
             return
-        fmt = choose_format(choice.storage, entry.shape)
+        fmt = self._format(choice.storage, entry.shape)
         if isinstance(fmt, str):
-            decisions.refused[entry.name] = fmt
             if asked is not None:
                 self.rules.note_useless(name, fmt)
+            decisions.refused[entry.name] = fmt
             return
         if verdict.formats is not None and fmt.name not in verdict.formats:
-            decisions.kept[entry.name] = verdict.why
             if asked is not None:
                 self.rules.note_useless(name, f"{verdict.why}, which {_allowed(verdict.formats)}")
+            decisions.kept[entry.name] = verdict.why
             return
-        if asked is not None:
-            self.rules.note_used(name)
-        elif self.heur and (reason := unsuitable(fmt, entry.shape)) is not None:
+        if asked is None and self.heur and (reason := unsuitable(fmt, entry.shape)) is not None:
             decisions.kept[entry.name] = reason
             return
         full_precision = choice.storage.full_precision_matrix_mult
         decisions.layers.append(Layer(name, entry, fmt, choice.why, choice.simple, asked is not None, full_precision))
+
+    def _format(self, storage: Storage, shape: Shape) -> Format | str:
+        # By identity: to hash a configuration takes longer than all else that is done for a layer.
+        kind = id(storage), shape
+        found = self._formats.get(kind)
+        if found is None:
+            found = self._formats[kind] = choose_format(storage, shape)
+        return found
 
     def _by_policy(self, verdict: Verdict) -> tuple[Choice | None, str]:
         if verdict is QUANTIZE:
             return self.default, ""
         if verdict.action == "keep":
             return self._fall_back(verdict, verdict.why)
-        rule = verdict.rule
-        if rule is not None and self.rules.default is None and self.run.family in rule.when:
-            return Choice(storage_of(rule.format, rule.why), rule.why), ""
-        return self.default, ""
+        rule, usual = verdict.rule, self.default.storage
+        if rule is None or usual is None or usual.family not in rule.when:
+            return self.default, ""
+        if id(rule) not in self._of_presets:
+            storage = storage_of(rule.format, rule.why)
+            storage = replace(storage, full_precision_matrix_mult=usual.full_precision_matrix_mult)
+            self._of_presets[id(rule)] = Choice(storage, rule.why, self.default.simple)
+        return self._of_presets[id(rule)], ""
 
     def _fall_back(self, verdict: Verdict, why: str) -> tuple[Choice | None, str]:
         if self.fallback is None or verdict.formats is not None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Iterable
+from functools import cached_property
 
 import regex
 
 from lrq.errors import InputError, printable
+from lrq.models.patterns import skeleton
+from lrq.selection.pattern import read
 
 TIME_LIMIT = 2.0
 """Seconds that one expression may take for all names together."""
@@ -18,6 +22,22 @@ MOST_REPEATS = 100_000
 """Product of the counts in braces: the compiled expression takes memory in proportion."""
 
 _RECURSION = re.compile(r"(?<!\\)\(\?(?:R|[+-]?\d|&|P>)")
+
+
+class Names:
+    """The names of a checkpoint's modules."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.all = list(names)
+        self.known = set(self.all)
+
+    @cached_property
+    def by_kind(self) -> dict[str, list[str]]:
+        """Those that differ in nothing but numbers, together."""
+        kinds: dict[str, list[str]] = {}
+        for name in self.all:
+            kinds.setdefault(skeleton(name), []).append(name)
+        return kinds
 
 
 class Expression:
@@ -41,6 +61,7 @@ class Expression:
             compiled = regex.compile(text)
         except (regex.error, OverflowError, RecursionError, ValueError) as error:
             raise InputError(f"{where}: not a regular expression: {printable(str(error))}") from None
+        self.pattern = read(text)
         self._match = compiled.fullmatch if fullmatch else compiled.search
 
     def finds(self, name: str) -> bool:
@@ -56,8 +77,22 @@ class Expression:
         self._left -= time.perf_counter() - started
         return found
 
+    def among(self, names: Names) -> list[str]:
+        """The names that the expression finds; it runs on no more of them than it must."""
+        if self.pattern.of_kinds:
+            return [name for alike in names.by_kind.values() if self.finds(alike[0]) for name in alike]
+        found = names.all
+        if self.pattern.whole:
+            # Before a last line feed there is an end, too.
+            found = [name for name in (self.pattern.whole, f"{self.pattern.whole}\n") if name in names.known]
+        for group in self.pattern.needles:
+            first, *more = group
+            # Each by itself: to ask for any of some takes five times as long.
+            hits = {name for needle in more for name in found if needle in name}
+            found = [name for name in found if first in name or name in hits]
+        return list(filter(self.finds, found))
+
     @property
     def literals(self) -> int:
         """How many characters it spells out: the more, the more specific."""
-        plain = re.sub(r"\[(?:\\.|[^\]])*\]|\{[\d,]*\}|\\[A-Za-z]", "", self.text)
-        return len(re.sub(r"\\(.)", r"\1", re.sub(r"(?<!\\)[.^$*+?()|]", "", plain)))
+        return self.pattern.literals

@@ -6,13 +6,14 @@ import difflib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lrq.config import Storage
 from lrq.errors import InputError, printable
 from lrq.selection.expression import Expression
-from lrq.selection.storage import Choice, SpecError, read_spec
+from lrq.selection.storage import FORMAT_KEYS, Choice, SpecError, read_spec
 
 DEFAULT = "_default"
 """The rule for layers that no other finds."""
@@ -32,10 +33,8 @@ class LayerRule:
 
     def __init__(self, expression: Expression, choice: Choice) -> None:
         self.expression, self.choice = expression, choice
-        self.found = 0
-        """Layers that it finds."""
-        self.useless: set[str] = set()
-        """Why weights that it finds can't be quantized."""
+        self.names: list[str] = []
+        """Modules that it finds."""
 
 
 def load_table(path: str | os.PathLike[str], base: Storage) -> Table:
@@ -45,23 +44,23 @@ def load_table(path: str | os.PathLike[str], base: Storage) -> Table:
         InputError: naming the line, the key and the nearest valid name.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise InputError(f"--layer-config {path}: can't be read: {error.strerror}") from None
+        raise InputError(f"--layer_config {path}: can't be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InputError(f"--layer-config {path}: not a text file in UTF-8") from None
+        raise InputError(f"--layer_config {path}: not a text file in UTF-8") from None
     try:
         table = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"--layer-config {path}: line {error.lineno}: not JSON: {error.msg}") from None
+        raise InputError(f"--layer_config {path}: line {error.lineno}: not JSON: {error.msg}") from None
     except (RecursionError, ValueError) as error:
-        raise InputError(f"--layer-config {path}: not JSON: {printable(str(error))}") from None
+        raise InputError(f"--layer_config {path}: not JSON: {printable(str(error))}") from None
     lines = dict(_lines(text)) if isinstance(table, dict) else {}
     read_rules(table, base, False, str(path), lines)
     twice = [key for key in lines if lines[key][1]]
     if twice:
         line = lines[twice[0]][0]
-        raise InputError(f"--layer-config {path}: line {line}: {printable('.'.join(twice[0]))!r} is given twice")
+        raise InputError(f"--layer_config {path}: line {line}: {printable('.'.join(twice[0]))!r} is given twice")
     rules = Table(table)
     rules.path, rules.lines = str(path), lines
     return rules
@@ -79,26 +78,33 @@ def read_rules(
     Raises:
         InputError: an expression that does not compile, an unknown key or format, a value of the wrong type.
     """
-    prefix = f"--layer-config {path}".strip()
+    prefix = f"--layer_config {path}".strip()
     if not isinstance(table, dict):
         raise InputError(f'{prefix}: must be a JSON object such as {{"attn": {{"format": "fp8"}}}}')
     rules, default = [], None
     for key, spec in table.items():
         where = f"{prefix}: {_line(lines, (key,))}{printable(key)!r}"
         if key.startswith("_") and key != DEFAULT:
-            if difflib.get_close_matches(key, (DEFAULT,), cutoff=0.8):
+            if _like_default(key):
                 raise InputError(f"{where}: is no comment's name; did you mean {DEFAULT}?")
             continue
         try:
-            choice = read_spec(spec, base, f"--layer-config {printable(key)}")
+            choice = read_spec(spec, base, f"--layer_config {printable(key)}")
         except SpecError as error:
             at = _line(lines, (key, error.key)) or _line(lines, (key,))
             raise InputError(f"{prefix}: {at}{printable(key)!r}: {error}") from None
         if key == DEFAULT:
-            default = choice
+            # One that says nothing of the format leaves it to the run.
+            default = choice if spec.keys() & {"skip", *FORMAT_KEYS} else replace(choice, why="")
         else:
             rules.append(LayerRule(Expression(key, where, fullmatch), choice))
     return rules, default
+
+
+def _like_default(key: str) -> bool:
+    """Whether a key is ``_default`` in another case or spelling."""
+    letters = "".join(filter(str.isalpha, key)).casefold()
+    return bool(difflib.get_close_matches(letters, (DEFAULT.strip("_"),), cutoff=0.8))
 
 
 def _line(lines: Lines | None, keys: tuple[str, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lrq.calibration.activations import FUNCTIONS
@@ -89,7 +89,7 @@ def _known(name: str, words: Collection[str], where: str, noun: str) -> None:
         raise InputError(f"{where}: no such {noun} {printable(name)!r}; {nearest(name, words)}")
 
 
-def describe(parts: list[Part]) -> str:
+def describe(parts: Sequence[Part]) -> str:
     """The models of a checkpoint for an error: what they are, and the preset that knows them."""
     known = [f"{part.about} (--preset {part.preset.name})" for part in parts if part.preset is not None]
     return f"recognised as {' + '.join(known)}" if known else "not recognised; leave the preset away"

@@ -37,7 +37,9 @@ NAMES: dict[str, dict[str, Any]] = {
     "int8_blockwise": {"int8": True, **_BLOCK},
 }
 """Settings by the names of formats: lrq's own, and those of markers."""
-_STORAGE_KEYS = ("block_size", "scaling_mode", "convrot", "convrot_group_size", "full_precision_matrix_mult")
+FORMAT_KEYS = ("format", "block_size", "scaling_mode", "convrot", "convrot_group_size")
+"""What decides on the format."""
+_STORAGE_KEYS = (*FORMAT_KEYS[1:], "full_precision_matrix_mult")
 SPEC_KEYS = ("format", "skip", "simple", *_STORAGE_KEYS)
 """What a rule may say of a layer; keys that begin with an underscore are comments."""
 _KINDS: dict[str, type] = {

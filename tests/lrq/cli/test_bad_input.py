@@ -123,7 +123,8 @@ def test_a_failure_keeps_the_file_that_was_there(tmp_path):
 def test_nothing_to_quantize_says_why(tmp_path):
     kept = {"norm.weight": normal(4, 4), "embed_tokens.weight": normal(9, 4), "x.weight": normal(3, 3, 3)}
     source = save(tmp_path / "in.safetensors", kept)
-    assert refuse(tmp_path, "-i", source).endswith("no layer can be quantized (3-D; embedding; norm)")
+    words = "no layer can be quantized (1 layer: embedding; 1 layer: norm; 1 layer: 3-D)"
+    assert refuse(tmp_path, "-i", source).endswith(words)
 
 
 def test_output_is_the_input(tmp_path, source):
@@ -177,7 +178,7 @@ COMBINATIONS = {
     "--seed -1": "--seed: must be at least 0",
     "--exclude-layers (": "not a regular expression",
     "--exclude-layers nowhere": "finds no layer to exclude",
-    "--exclude-layers .": "no layer can be quantized (excluded by --exclude_layers)",
+    "--exclude-layers .": "no layer can be quantized (1 layer: excluded by --exclude_layers)",
     "--device gpu": "--device gpu: no such device; choose auto, cpu, cuda",
     "--device meta": "--device meta: holds no data",
     "--device hpu": "--device hpu",

@@ -151,3 +151,37 @@ def test_with_statistics_the_error_of_the_outputs_counts(tmp_path):
     for flags, wide in (((), "blocks.0.fc"), (("--calib", calib), "blocks.1.fc")):
         said = json.loads(run("plan", source, "--target_bits", 6.25, *flags, "--json", "--preset", "none").stdout)
         assert said["layers"][wide]["format"] == "float8_e4m3fn", said["layers"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"fc1|fc2": {"format": "fp8"}},
+        {"_default": {"format": "fp8"}},
+        {"fc1": {"format": "fp8"}, "fc2": {"format": "int8"}},
+    ],
+)
+def test_a_target_beside_rules_for_all_layers_is_an_error(tmp_path, source, config):
+    with pytest.raises(InputError, match="--target_bits 6: rules decide on 8 layers, which are all; leave the target"):
+        lrq.quantize(source, tmp_path / "out", target_bits=6, layer_config=config)
+    (tmp_path / "rules").write_text(json.dumps(config))
+    result = run("plan", source, "--target_bits", 6, "--layer_config", tmp_path / "rules")
+    assert result.exit_code == 2 and "rules decide on 8 layers" in result.stderr
+
+
+def test_a_default_that_names_no_format_leaves_the_choice(tmp_path, source):
+    config = {"_default": {"simple": True, "full_precision_matrix_mult": True}}
+    (tmp_path / "rules").write_text(json.dumps(config))
+    said = json.loads(run("plan", source, "--target_bits", 6, "--layer_config", tmp_path / "rules", "--json").stdout)
+    assert said["formats"].keys() == {"nvfp4", "fp8"}
+    assert all(spec["simple"] and spec["full_precision_matrix_mult"] for spec in said["layers"].values())
+
+
+@pytest.mark.parametrize("target", [16, 20, 32])
+def test_a_target_that_leaves_all_as_it_is_ends_plan_and_conversion_alike(tmp_path, target):
+    source = save(tmp_path / "in", {f"{name}.weight": normal(64, 64).bfloat16() for name in "abcdef"})
+    words = f"no layer can be quantized (6 layers: --target_bits {target})"
+    for command in (("plan", source), ("convert", "-i", source, "--dry-run"), ("convert", "-i", source)):
+        result = run(*command, "--target_bits", target)
+        (line,) = result.stderr.splitlines()
+        assert result.exit_code == 2 and line.startswith("error: ") and words in line

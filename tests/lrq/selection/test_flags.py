@@ -9,13 +9,13 @@ from checkpoints import normal, run, save
 from lrq.errors import InputError
 
 WRONG = {
-    "--heur": "no layer can be quantized (too small to gain: 2048 weights, under 65536)",
+    "--heur": "no layer can be quantized (1 layer: too small to gain: 2048 weights, under 65536)",
     "--preset flux": "--preset flux1: finds no layer in",
     "--preset nosuch": "--preset nosuch: no such preset; known are",
     "--preset qwen_imag": "did you mean qwen_image?",
     "--preset none --wan": "--preset none: has no meaning beside another preset",
     "--preset missing.toml": "--preset missing.toml: can't be read",
-    "--layer-config missing.json": "--layer-config missing.json: can't be read",
+    "--layer-config missing.json": "--layer_config missing.json: can't be read",
     "--custom-layers fc": "--custom_layers: needs --custom_type as well",
     "--custom-type fp8": "--custom_type: needs --custom_layers as well",
     "--custom-layers fc --custom-type nvfp5": "no such format 'nvfp5'; did you mean nvfp4?",

@@ -116,3 +116,36 @@ def test_errors_do_not_hang_on_the_part_that_is_rounded_at_a_time(monkeypatch, n
     assert relative_error(FORMATS[name], w[0]) == pytest.approx(whole, rel=1e-5)
     if FORMATS[name].refusal(tuple(w.shape)) is None:
         assert relative_error(FORMATS[name], w * torch.tensor([[[1.0]], [[0.0]]])) == pytest.approx(whole, rel=1e-5)
+
+
+def test_an_error_that_none_keeps_to_is_said_once_with_a_count(tmp_path):
+    source = save(tmp_path / "in", {f"l{i}.weight": normal(64, 64, seed=i) for i in range(7)})
+    flags = ("--nvfp4", "--max_error", "0")
+    lines = [
+        run(*command, *flags).stderr
+        for command in (
+            ("plan", source, "--measure"),
+            ("plan", source, "--measure", "--json"),
+            ("convert", "-i", source),
+        )
+    ]
+    assert len(set(lines)) == 1
+    assert re.fullmatch(
+        r"error: .* no layer can be quantized \(7 layers: --max_error 0: 0\.\d+ in nvfp4; 0\.\d+ in mxfp8\)\n", lines[0]
+    )
+    assert run("plan", source, "--measure", *flags).exit_code == 2 and run("plan", source, *flags).exit_code == 0
+
+
+def test_a_plan_says_what_measuring_may_still_change(tmp_path):
+    source = save(tmp_path / "in", {f"l{i}.weight": normal(256, 256, seed=i) for i in range(3)})
+
+    def said(*flags: str) -> list[str]:
+        words = run("plan", source, "--nvfp4", *flags).stdout.splitlines()
+        return [line.removeprefix("notice: ") for line in words if "measures weights" in line]
+
+    (heur,), (error,) = said("--heur"), said("--max_error", "0.2")
+    assert "--heur also measures weights when it converts: layers whose error is out of line stay as they are" in heur
+    assert "layers with too large an error become wider" in error and len(said("--heur", "--max_error", "0.2")) == 2
+    assert not said() and not said("--heur", "--measure") and not said("--heur", "--target_bits", "6")
+    assert not said("--heur", "--custom_layers", ".", "--custom_type", "nvfp4")
+    assert said("--heur", "--custom_layers", "l1", "--custom_type", "nvfp4")

@@ -161,6 +161,12 @@ WRONG = {
         '{"_defualt": {"format": "fp8"}}',
         "line 1: '_defualt': is no comment's name; did you mean _default",
     ),
+    "default in capitals": (
+        '{"_DEFAULT": {"format": "fp8"}}',
+        "'_DEFAULT': is no comment's name; did you mean _default",
+    ),
+    "default in dunders": ('{"__default__": {"format": "fp8"}}', "is no comment's name; did you mean _default"),
+    "plural default": ('{"_Defaults": {"format": "fp8"}}', "is no comment's name; did you mean _default"),
     "no blocks": ('{"fc": {"format": "fp8-block", "block_size": 0}}', "block_size: must be at least 1, got 0"),
     "negative": ('{"fc": {"format": "fp8-block", "block_size": -4}}', "block_size: must be at least 1, got -4"),
 }
@@ -173,7 +179,7 @@ def test_a_wrong_rule_is_one_line_before_anything_runs(tmp_path, source, name):
     before = {file.name for file in tmp_path.iterdir()}
     result = run("convert", "-i", source, "--layer-config", path)
     (line,) = result.stderr.splitlines()
-    assert result.exit_code == 2 and line.startswith("error: --layer-config ") and words in line, line
+    assert result.exit_code == 2 and line.startswith("error: --layer_config ") and words in line, line
     assert {file.name for file in tmp_path.iterdir()} == before
 
 
