@@ -61,11 +61,12 @@ def calibrate(
         experts = [entry.name for entry in reader.entries.values() if _is_expert(entry)]
         keys = {*experts, *(entry.name for entry in reader.entries.values() if entry.name.endswith(SUFFIX))}
     text = load_text_model(Path(folder), device)
-    tokens, together = 0, BATCH if text.pads else 1
+    tokens, together, padded = 0, BATCH if text.pads else 1, False
     with collect(text.model, keys=text.keys(keys)) as inputs, torch.inference_mode():
         while (max_tokens is None or tokens < max_tokens) and (some := list(islice(lines, together))):
             batch = text.encode(some, device)
             mask = batch["attention_mask"].bool()
+            padded |= not bool(mask.all())
             if max_tokens is not None:
                 mask &= mask.flatten().cumsum(0).view_as(mask) <= max_tokens - tokens
             inputs.mask = mask
@@ -79,6 +80,9 @@ def calibrate(
         [f"of the second moments of experts, which are many, {inputs.reduced} are kept"] if inputs.reduced else []
     )
     notices += [f"experts of {printable(name)} are not collected: {why}" for name, why in inputs.refused.items()]
+    notices += _listed(
+        "count padding as well, for their inputs are no list of tokens:", inputs.unmasked if padded else []
+    )
     blind = {name.removesuffix(SUFFIX) for name in experts}.difference(inputs.seen, inputs.unseen)
     notices += _listed("of experts have no statistics:", sorted(blind))
     return Calibrated(target, len(inputs.seen), tokens, notices)

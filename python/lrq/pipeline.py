@@ -255,8 +255,10 @@ class _Quantizer:
             if layer.corrects is None:
                 return None, error
             shift = mean_shift(w, stored, known.stats.mean.to(self._device))
+            before = self._bias(tile).to(self._device)
             try:
-                return corrected(self._bias(tile).to(self._device), shift), error
+                bias = corrected(before, shift)
+                return bias, error.with_bias(shift, before.double() - bias.double())
             except ValueError as problem:
                 raise InputError(f"{self._source.path}: layer {printable(layer.name)}: {problem}") from None
 

@@ -35,10 +35,6 @@ class Collector:
     Where the checkpoint has all experts in one tensor, their inputs count together.
     """
 
-    mask: Tensor | None = None
-    """bool [..]: tokens that count, of inputs [..,K] with the same leading dimensions but for those of 1, or with these
-    in one; set it before each batch."""
-
     def __init__(
         self,
         model: nn.Module,
@@ -53,11 +49,14 @@ class Collector:
         experts, refused = find_experts(model)
         if (_is_linear(model) or "" in experts) and chosen(""):
             raise InputError("the model is a single layer, which has no name; put it into a module")
-        self._modules = {name: module for name, module in model.named_modules() if _is_linear(module) and chosen(name)}
+        every = model.named_modules(remove_duplicate=False)
+        self._modules = {name: module for name, module in every if _is_linear(module) and chosen(name)}
         self._device, self._options = device, {"gram_limit": gram_limit, "rank": rank}
         # Weights may be replaced while the model runs, where they are offloaded; who shares one is known now.
         first: dict[int, str] = {}
-        self._owner = {name: first.setdefault(id(one.weight), name) for name, one in self._modules.items()}
+        self._owner = {name: first.setdefault(_identity(one), name) for name, one in self._modules.items()}
+        self._mask: Tensor | None = None
+        self._unmasked: set[str] = set()
         self._accumulators: dict[str, Accumulator] = {}
         self._hooks: list[Any] = []
         self._lock = threading.Lock()
@@ -100,9 +99,10 @@ class Collector:
     def __enter__(self) -> Collector:
         if self._hooks:
             raise InputError("the collector runs already; leave its with statement first")
+        once = {id(module): name for name, module in reversed(self._modules.items())}
         self._hooks = [
-            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            for name, module in self._modules.items()
+            self._modules[name].register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            for name in reversed(once.values())
         ]
         self._hooks += [
             route.experts.module.register_forward_pre_hook(self._expert_hook(route), with_kwargs=True)
@@ -123,7 +123,7 @@ class Collector:
             if isinstance(x, Tensor) and x.is_floating_point() and x.dim() and x.shape[-1] == _columns(module):
                 # What is added up must outlive inference mode.
                 with torch.inference_mode(False), torch.no_grad():
-                    self._add(self._owner[name], x, self._mask_of(x), self._options)
+                    self._add(self._owner[name], x, self._mask_of(name, x), self._options)
 
         return watch
 
@@ -140,12 +140,33 @@ class Collector:
 
         return watch
 
-    def _mask_of(self, x: Tensor) -> Tensor | None:
+    @property
+    def mask(self) -> Tensor | None:
+        """bool [..]: tokens that count, of inputs [..,K] with the same leading dimensions but for those of 1, or with
+        these in one; set it before each batch. Layers whose inputs are others are in ``unmasked``."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise InputError(f"mask: must be a bool tensor of the tokens that count, is {kind}; take mask.bool()")
+        self._mask = mask
+
+    @property
+    def unmasked(self) -> list[str]:
+        """Keys of layers of whose inputs every token counted, as a mask had another shape."""
+        return [key for name, key in self._keys.items() if name in self._unmasked]
+
+    def _mask_of(self, name: str, x: Tensor) -> Tensor | None:
         if self.mask is None:
             return None
         # Some layers get the tokens of all texts in one dimension, or have one of 1 for heads.
         shape, wanted = ([size for size in one if size != 1] for one in (x.shape[:-1], self.mask.shape))
-        return self.mask if shape in (wanted, [self.mask.numel()]) else None
+        if shape in (wanted, [self.mask.numel()]):
+            return self.mask
+        self._unmasked.add(name)
+        return None
 
     def _add(self, owner: str, x: Tensor, mask: Tensor | None, options: dict[str, int]) -> None:
         with self._lock:
@@ -247,6 +268,12 @@ def _test_of(layers: Choice) -> Callable[[str], bool]:
     except re.error as error:
         raise InputError(f"layers {printable(layers)}: no regular expression: {error}") from None
     return lambda name: pattern.search(name) is not None
+
+
+def _identity(module: nn.Module) -> int:
+    """The same of modules that share a weight; a weight that is computed (parametrizations) is of its module alone."""
+    own = module._parameters.get("weight")
+    return id(module) if own is None else id(own)
 
 
 def _is_transposed(module: nn.Module) -> bool:

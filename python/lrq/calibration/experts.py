@@ -63,7 +63,7 @@ class Experts:
         """
         x = args[0] if args else kwargs.get("hidden_states")
         numbers = [one for one in (*args[1:], *kwargs.values()) if isinstance(one, Tensor) and _is_integer(one)]
-        if not isinstance(x, Tensor) or x.shape[-1] != self.columns or not numbers:
+        if not isinstance(x, Tensor) or not x.numel() or x.shape[-1] != self.columns or not numbers:
             return
         rows, chosen = x.detach().reshape(-1, self.columns), numbers[0]
         if chosen.dim() < 2 or chosen.shape[:-1].numel() != len(rows):

@@ -103,8 +103,11 @@ def load_text_model(folder: Path, device: torch.device | str) -> TextModel:
         part = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        places = getattr(model.config, "max_position_embeddings", None) or LONGEST
-        longest = max(1, min(LONGEST, int(places), tokenizer.model_max_length))
+        # Behind padding on the left a model that counts places would see each text further on than it begins.
+        tokenizer.padding_side = "right"
+        places = int(getattr(model.config, "max_position_embeddings", None) or LONGEST)
+        # -1, of XLNet, is no limit.
+        longest = max(1, min(LONGEST, places if places > 0 else LONGEST, tokenizer.model_max_length))
         model = model.to(device).eval()
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"{folder}: has no tokenizer with a vocabulary; copy the model's tokenizer files into it")

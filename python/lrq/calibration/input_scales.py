@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lrq.calibration.inputs import InputStats
-from lrq.errors import InputError, printable, unique_keys, unread
+from lrq.errors import InputError, first_duplicate, printable, unique_keys, unread
 
 SUFFIX = ".input_scale"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -46,7 +46,11 @@ def read_input_scales(path: str | os.PathLike[str]) -> dict[str, float]:
         if not (isinstance(value, int | float) and not isinstance(value, bool) and SMALLEST <= value <= LARGEST):
             said = printable(repr(value)[:40])
             raise InputError(f"{file}: layer {printable(name)}: its input scale must be a positive number, is {said}")
-    return {name.removesuffix(SUFFIX): float(value) for name, value in found.items()}
+    scales = {name.removesuffix(SUFFIX): float(value) for name, value in found.items()}
+    if len(scales) < len(found):
+        twice = first_duplicate(name.removesuffix(SUFFIX) for name in found)
+        raise InputError(f"{file}: layer {printable(twice)}: has two input scales, with and without {SUFFIX}")
+    return scales
 
 
 def _from_json(file: Path) -> dict[str, float]:

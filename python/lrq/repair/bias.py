@@ -7,7 +7,7 @@ measured).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,14 +27,28 @@ class OutputError:
     noise: float
     """E|Ex|²"""
     mean: float
-    """|Eμ|², the part of the noise that a bias can take away."""
+    """The part of the noise that the bias takes away: |Eμ|² before it is rounded to its dtype."""
     nearest: float
     """E|E0 x|², E0 the error of round-to-nearest with amax scales."""
+    moved: float
+    """|s|², s by how much the bias moves."""
 
     def __add__(self, other: OutputError) -> OutputError:
         return OutputError(
-            self.signal + other.signal, self.noise + other.noise, self.mean + other.mean, self.nearest + other.nearest
+            self.signal + other.signal,
+            self.noise + other.noise,
+            self.mean + other.mean,
+            self.nearest + other.nearest,
+            self.moved + other.moved,
         )
+
+    def with_bias(self, shift: Tensor, moved: Tensor) -> OutputError:
+        """With a bias that moved by s, ``moved`` [N], where Eμ is ``shift`` [N].
+
+        E|Ex − s|² = E|Ex|² − 2 Eμ·s + |s|².
+        """
+        squares = moved.double().square().sum().item()
+        return replace(self, mean=2 * (shift.double() * moved.double()).sum().item() - squares, moved=squares)
 
     @property
     def of_nearest(self) -> float:
@@ -48,8 +62,8 @@ class OutputError:
 
     @property
     def shift(self) -> float:
-        """|Eμ| / sqrt(E|Wx|²), by how much a corrected bias moves."""
-        return (self.mean / self.signal) ** 0.5 if self.signal > 0 else 0.0
+        """|s| / sqrt(E|Wx|²), by how much a corrected bias moves."""
+        return (self.moved / self.signal) ** 0.5 if self.signal > 0 else 0.0
 
     @property
     def after(self) -> float:
@@ -92,14 +106,14 @@ def output_error(w: Tensor, stored: Tensor, nearest: Tensor, stats: InputStats) 
 
     Second moments that are not there count as those of uncorrelated inputs around the mean.
     """
-    total = OutputError(0.0, 0.0, 0.0, 0.0)
+    total = OutputError(0.0, 0.0, 0.0, 0.0, 0.0)
     rows = max(1, CHUNK // w.shape[-1])
     form = _SecondMoment(stats, w.device)
     parts = (one.flatten(0, -2).split(rows) for one in (w, stored, nearest))
     for exact, ours, plain in zip(*parts, strict=True):
         error = ours.float() - exact.float()
         mean = (error @ form.mean).double().square().sum().item()
-        total += OutputError(form(exact.float()), form(error), mean, form(plain.float() - exact.float()))
+        total += OutputError(form(exact.float()), form(error), mean, form(plain.float() - exact.float()), mean)
     return total
 
 

@@ -120,7 +120,7 @@ class Predictions:
         if not self._names:
             raise InputError(f"{stats.path}: has no quantized layer; the statistics are of another model")
 
-    def of(self, name: str, fmt: Format, tensors: Tensors, w: torch.Tensor) -> Predicted | None:
+    def of(self, name: str, fmt: Format, tensors: Tensors, w: torch.Tensor, source: Reader) -> Predicted | None:
         """For a layer with this weight [N,K] or [E,N,K] and stored tensors; None without statistics of it.
 
         Raises:
@@ -135,7 +135,20 @@ class Predictions:
                 f"has {w.shape[-1]}; they are of another model"
             )
         stats, moved = self._stats[known], name in self._changes.corrected | self._changes.added
-        return Predicted(stats.about, error_of_outputs(fmt, tensors, w, stats), moved)
+        error = error_of_outputs(fmt, tensors, w, stats)
+        biases = self._biases(name, source) if moved else None
+        if biases is not None and biases[0].shape == w.shape[:1] == biases[1].shape:
+            shift = mean_shift(w, fmt.dequantize(tensors, tuple(w.shape)), stats.mean)
+            error = error.with_bias(shift, biases[0].double() - biases[1].double())
+        return Predicted(stats.about, error, moved)
+
+    def _biases(self, name: str, source: Reader) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Of the source and of the output."""
+        bias = f"{name}.{comfyui.BIAS}"
+        if bias not in self._output.entries:
+            return None
+        found = self._output.read(bias)
+        return source.read(bias) if bias in source.entries else torch.zeros_like(found), found
 
     def check(
         self, name: str, fmt: Format, tensors: Tensors, w: torch.Tensor, source: Reader, predicted: Predicted | None
@@ -146,14 +159,14 @@ class Predictions:
         if predicted is None or not self._own:
             return
         stats, error = self._stats[self._names[name]], predicted.error
+        if predicted.corrected:
+            self._check_bias(name, fmt, tensors, w, source, stats)
         if name in self._changes.measured and predicted.left > WORSE_OUTPUTS * error.of_nearest:
             times = predicted.left / error.of_nearest
             raise ValueError(
                 f"the statistics predict {times:.3g} times round-to-nearest's error of its outputs; some bytes are not "
                 "those that were written"
             )
-        if predicted.corrected:
-            self._check_bias(name, fmt, tensors, w, source, stats)
 
     def _check_scale(self, name: str, fmt: Format, w: torch.Tensor) -> None:
         """The input scale, if these statistics made it: in the conversion, or afterwards."""
@@ -168,11 +181,10 @@ class Predictions:
     def _check_bias(
         self, name: str, fmt: Format, tensors: Tensors, w: torch.Tensor, source: Reader, stats: InputStats
     ) -> None:
-        bias = f"{name}.{comfyui.BIAS}"
-        if bias not in self._output.entries:
+        biases = self._biases(name, source)
+        if biases is None:
             return
-        found, shift = self._output.read(bias), mean_shift(w, fmt.dequantize(tensors, tuple(w.shape)), stats.mean)
-        before = source.read(bias) if bias in source.entries else torch.zeros_like(found)
+        (before, found), shift = biases, mean_shift(w, fmt.dequantize(tensors, tuple(w.shape)), stats.mean)
         if before.shape != shift.shape or before.dtype != found.dtype:
             return
         expected = corrected(before, shift).double()

@@ -222,7 +222,7 @@ def _check_layer(
         )
     if expected.own:
         _check_own(fmt, tensors, w, expected)
-    predicted = None if predictions is None else predictions.of(name, fmt, tensors, w)
+    predicted = None if predictions is None else predictions.of(name, fmt, tensors, w, source)
     if predictions is not None:
         predictions.check(name, fmt, tensors, w, source, predicted)
     return LayerReport(name, fmt.name, shape, error, predicted)

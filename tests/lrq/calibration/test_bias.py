@@ -61,6 +61,20 @@ def test_the_mean_output_stays(tmp_path: Path, source: Path, stats: Path, name: 
     assert run("verify", output, "--source", source).exit_code == 0
 
 
+def test_the_report_says_how_far_a_rounded_bias_moved(tmp_path: Path) -> None:
+    """A bias of 300 in bfloat16 can't move by less than 1."""
+    weights = {"blocks.0.fc.weight": normal(64, 64, seed=1), "blocks.0.fc.bias": torch.full((64,), 300.0).bfloat16()}
+    source, output = save(tmp_path / "in", weights), tmp_path / "out"
+    stats = save_for(tmp_path / "stats", {"blocks.0.fc": inputs(300, 64)})
+    said = convert(source, output, "--preset", "none", "--calib", stats, "--verbose").output
+    assert same_bytes(load(output).tensors["blocks.0.fc.bias"], weights["blocks.0.fc.bias"])
+    assert "bias moved by 0.0000" in said
+    found = json.loads(run("verify", output, "--source", source, "--calib", stats, "--json").output)["layers"][0][
+        "inputs"
+    ]
+    assert found["bias_shift"] == 0 and found["output_error"] == found["output_error_of_codes"]
+
+
 def test_layers_without_a_bias_are_reported_or_given_one(tmp_path: Path, source: Path, stats: Path) -> None:
     plain = convert(source, tmp_path / "a.safetensors", "--nvfp4", "--calib", stats)
     assert "bias correction: 2 biases" in plain.output

@@ -143,3 +143,46 @@ def test_an_input_that_is_not_finite_is_named() -> None:
         model(torch.full((1, 8), float("inf")))
     with pytest.raises(lrq.InputError, match="layer 0: an input is NaN or infinite"):
         inputs.stats()
+
+
+def test_a_mask_must_be_of_truth_values() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with lrq.calibration.collect(model) as inputs:
+        for mask in (torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5), [[True]]):
+            with pytest.raises(lrq.InputError, match=r"mask: must be a bool tensor .* take mask\.bool"):
+                inputs.mask = mask
+
+
+def test_layers_that_a_mask_does_not_fit_are_told() -> None:
+    class Flipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x).transpose(0, 1))
+
+    model = Flipped()
+    with lrq.calibration.collect(model) as inputs:
+        inputs.mask = torch.tensor([[True, True, False], [True, False, False]])
+        model(normal(2, 3, 8))
+    assert inputs.unmasked == ["second"] and [one.count for one in inputs.stats().values()] == [3, 6]
+
+
+def test_a_layer_of_two_names_has_statistics_under_both() -> None:
+    model = nn.Module()
+    model.a = model.b = nn.Linear(8, 8)
+    for keys in (None, ["b.weight"], ["a.weight", "b.weight"]):
+        with lrq.calibration.collect(model, keys=keys) as inputs:
+            model.a(normal(5, 8))
+        found = inputs.stats()
+        assert found.keys() == ({"a", "b"} if keys is None else {key[0] for key in keys})
+        assert all(one.count == 5 for one in found.values())
+
+
+def test_computed_weights_are_not_taken_for_one() -> None:
+    norm = torch.nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(norm(nn.Linear(8, 8)), norm(nn.Linear(8, 16)), norm(nn.Linear(16, 8)))
+    with lrq.calibration.collect(model) as inputs:
+        model(normal(5, 8))
+    assert [one.count for one in inputs.stats().values()] == [5, 5, 5]

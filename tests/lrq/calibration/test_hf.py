@@ -85,6 +85,24 @@ def test_texts_without_a_token_to_pad_with_run_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(alone.mean, one.mean, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_texts_begin_at_the_first_place_whatever_side_is_padded(tmp_path: Path, name: str) -> None:
+    right = calibrated(hf_models.make(tmp_path / "one" / "model", name))
+    left = hf_models.make(tmp_path / "other" / "model", name)
+    file = left / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
+    found = calibrated(left)
+    for layer in right:
+        assert torch.equal(found[layer].mean, right[layer].mean)
+
+
+def test_a_limit_of_minus_one_is_none(tmp_path: Path) -> None:
+    folder = hf_models.make(tmp_path / "model", "t5")
+    hf_models.configure(folder, max_position_embeddings=-1)
+    stats = calibrated(folder)
+    assert {stats.brief(layer).count for layer in stats} == {hf_models.TOKENS}
+
+
 def _no_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
