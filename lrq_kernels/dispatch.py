@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Kernel:
 _kernels: dict[tuple[str, str], Kernel] = {}
 _missing: dict[str, str] = {}
 _loaded: set[str] = set()
+_loading = threading.RLock()
 _forced: ContextVar[str | None] = ContextVar("lrq_backend", default=None)
 
 
@@ -77,11 +79,27 @@ def unavailable(backend: str, reason: str) -> None:
 def _load(backend: str) -> None:
     if backend in _loaded:
         return
-    _loaded.add(backend)
-    try:
-        importlib.import_module(_MODULES[backend])
-    except ImportError as error:
-        _missing[backend] = str(error)
+    # Others wait: half of the kernels would choose another backend.
+    with _loading:
+        if backend in _loaded:
+            return
+        module = _MODULES[backend]
+        together = {name for name in BACKENDS if _MODULES[name] == module}
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            _lose(together, str(error))
+        except Exception as error:  # another version of what it imports may fail in any way
+            _lose(together, f"{module} does not load: {type(error).__name__}: {error}")
+        _loaded.update(together)
+
+
+def _lose(lost: set[str], reason: str) -> None:
+    for name in lost:
+        _missing[name] = reason.partition("\n")[0]
+    # Those that were registered before the import failed.
+    for key in [key for key in _kernels if key[1] in lost]:
+        del _kernels[key]
 
 
 def forced_backend() -> str | None:
