@@ -154,10 +154,15 @@ def call(operation: str, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> N
     Raises:
         RuntimeError: the kernel failed; the message names the operation and the backend.
     """
-    _run(operation, choose(operation, inputs), inputs, outputs)
+    run(operation, choose(operation, inputs), inputs, outputs)
 
 
-def _run(operation: str, backend: str, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+def run(operation: str, backend: str, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+    """Fill ``outputs`` with the kernel of ``backend``, which accepted ``inputs``.
+
+    Raises:
+        RuntimeError: the kernel failed; the message names the operation and the backend.
+    """
     try:
         _kernels[operation, backend].run(*inputs, *outputs)
     except MemoryError:
@@ -169,44 +174,22 @@ def _run(operation: str, backend: str, inputs: tuple[Any, ...], outputs: tuple[A
         raise RuntimeError(f"{operation}: the {backend} kernel failed: {error}") from error
 
 
-class Bound:
-    """An operation tied to its tensors: every call fills ``outputs`` anew from what the inputs then hold.
-
-    For loops and CUDA graphs: arguments were checked, the backend chosen and the outputs allocated once.
-    """
-
-    def __init__(self, operation: str, backend: str, inputs: tuple[Any, ...], outputs: Any) -> None:
-        self.operation, self.backend, self.outputs = operation, backend, outputs
-        self._inputs = inputs
-        self._filled = outputs if isinstance(outputs, tuple) else (outputs,)
-
-    def __call__(self) -> Any:
-        _run(self.operation, self.backend, self._inputs, self._filled)
-        return self.outputs
-
-
-def bind(operation: str, *args: Any, **kwargs: Any) -> Bound:
-    """Tie ``operation`` to its arguments: check them, choose the backend and allocate the outputs now, compute later.
-
-    Example: ``quantize = lrq_kernels.bind("quantize_nvfp4", w)``, then ``quantize()`` as often as ``w`` changes.
+def arguments_of(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
+    """The contract of an operation and all of its arguments by name, defaults filled in.
 
     Raises:
-        ValueError, TypeError: as the operation does.
-        RuntimeError: no backend takes these inputs.
+        ValueError: there is no such operation.
+        TypeError: an argument is missing, or unknown.
     """
-    contract, arguments = _arguments(operation, args, kwargs)
-    outputs = contract(*arguments)
-    return Bound(operation, choose(operation, arguments), arguments, outputs)
-
-
-def _arguments(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable, tuple[Any, ...]]:
-    """The contract of an operation and all of its arguments, defaults filled in."""
     if operation not in OPERATIONS:
         raise ValueError(f"operation {operation!r} does not exist; choose one of {', '.join(OPERATIONS)}")
     contract = getattr(lrq_kernels, operation).__wrapped__
-    arguments = inspect.signature(contract).bind(*args, **kwargs)
+    try:
+        arguments = inspect.signature(contract).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{operation}: {error}") from None
     arguments.apply_defaults()
-    return contract, arguments.args
+    return contract, arguments.arguments
 
 
 def use_backend(backend: str) -> contextlib.AbstractContextManager[None]:
@@ -231,7 +214,7 @@ def _forcing(backend: str) -> Iterator[None]:
 
 def explain(operation: str, *args: Any, **kwargs: Any) -> dict[str, str]:
     """For each backend, ``"chosen"``, ``"accepts"`` or the reason why it can't take these inputs."""
-    args = _arguments(operation, args, kwargs)[1]
+    args = tuple(arguments_of(operation, args, kwargs)[1].values())
     reasons = {backend: refusal(operation, backend, args) or "accepts" for backend in BACKENDS}
     reasons[choose(operation, args)] = "chosen"
     return reasons

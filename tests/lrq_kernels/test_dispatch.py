@@ -80,23 +80,6 @@ def test_out_of_memory_keeps_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
         lrq_kernels.amax(W)
 
 
-def test_bound_operation_follows_its_input() -> None:
-    w = torch.randn(32, 48)
-    quantize = lrq_kernels.bind("quantize_nvfp4", w, coherence=4.0)
-    assert quantize.backend == dispatch.choose("quantize_nvfp4", (w, None, 4.0))
-    for seed in range(2):
-        w.copy_(torch.randn(32, 48, generator=torch.Generator().manual_seed(seed)))
-        memory = [t.data_ptr() for t in quantize.outputs]
-        found, expected = quantize(), lrq_kernels.quantize_nvfp4(w, coherence=4.0)
-        assert [t.data_ptr() for t in found] == memory
-        for a, b in zip(found, expected, strict=True):
-            assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-    with pytest.raises(ValueError, match="coherence must be finite and not negative"):
-        lrq_kernels.bind("quantize_nvfp4", w, coherence=-1.0)
-    with pytest.raises(ValueError, match="does not exist"):
-        lrq_kernels.bind("quantise", w)
-
-
 @pytest.mark.parametrize("statement", ["import lrq_kernels", "import lrq", "import lrq.cli"])
 def test_importing_leaves_torch_alone(statement: str) -> None:
     """The start takes under half a second because torch, triton and numpy come with the first use."""

@@ -1,4 +1,4 @@
-"""Backends are loaded at their first use: once, by one thread, and one that does not load is missing with the reason."""
+"""Backends are loaded at their first use: once, by one thread; one that does not load is missing, with the reason."""
 
 from __future__ import annotations
 
