@@ -178,3 +178,32 @@ def test_a_nan_is_kept_whatever_follows_it():
     with use_backend("cpu"):
         _, _, tensor_scale = quantize_nvfp4(x)
     assert tensor_scale.isnan()
+
+
+def test_cuda_refuses_what_its_kernels_would():
+    """Before the call, so that another backend takes it; asked without CUDA, so the limits are asked first."""
+    from lrq_kernels.native import amax, fp8, hadamard, int8, nvfp4
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    few, scale = empty(2, 4096), empty()
+    large = empty(2**20, 2**14)
+    for reason in (
+        hadamard.cuda_refusal(few, 4096),
+        int8.cuda_refusal(few, "row", 0, None, 4096),
+        int8.cuda_refusal_back(few, scale, 4096, torch.float32),
+    ):
+        assert reason == "the Hadamard group must be at most 1024, got 4096"
+    assert nvfp4.cuda_refusal(empty(65536, 1, 16), None, None) == "at most 65535 matrices, got 65536"
+    for reason in (
+        amax.cuda_refusal(large),
+        nvfp4.cuda_refusal(large, None, None),
+        fp8.cuda_refusal(large, "tensor", 0, None),
+        int8.cuda_refusal(large, "tensor", 0, None, 16),
+        fp8.cuda_refusal_back(large, scale, torch.float32),
+        int8.cuda_refusal_back(large, scale, 0, torch.float32),
+    ):
+        assert reason == "matrix too large for one launch: [1048576, 16384]"
+    assert "takes tensors on CUDA" in fp8.cuda_refusal(large, "row", 0, None)
+    assert "takes tensors on CUDA" in hadamard.cuda_refusal(few, 1024)
