@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrq_kernels.contract import FLOATS, check_device, check_matrix, check_shape, operation, round_up
+from lrq_kernels.contract import FLOATS, check_device, check_matrix, check_shape, check_size, operation, round_up
 from lrq_kernels.ops.swizzle import swizzled_shape
 
 BLOCK = 16
@@ -72,6 +72,7 @@ def dequantize_nvfp4(
         ``dtype`` [..,rows,columns].
     """
     check_matrix("codes", codes, (torch.uint8,))
+    check_size(rows, columns)
     batch = codes.shape[:-2]
     padded = round_up(rows, ROW_MULTIPLE), round_up(columns, BLOCK)
     check_shape("codes", codes, (*batch, padded[0], padded[1] // 2), torch.uint8)
