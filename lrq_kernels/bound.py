@@ -55,7 +55,7 @@ def _check_memory(operation: str, name: str, x: Any) -> None:
         raise TypeError(f"{operation}: {name}: a FakeTensor has no memory to bind; call the operation instead")
     if x.is_neg() or x.is_conj():
         pending = "negation" if x.is_neg() else "conjugation"
-        raise ValueError(f"{operation}: {name}: a view with a pending {pending} can't be bound; bind a clone of it")
+        raise ValueError(f"{operation}: {name}: a view with a pending {pending} can't be bound: bind {name}.clone()")
 
 
 def bind(operation: str, *args: Any, **kwargs: Any) -> Bound:

@@ -10,8 +10,8 @@ import importlib
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,29 +195,45 @@ def arguments_of(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def use_backend(backend: str) -> contextlib.AbstractContextManager[None]:
     """Force one backend inside a ``with`` block, over ``LRQ_BACKEND``.
 
+    It holds for the thread, or the asyncio task, that enters the block, and for tasks started there; threads started
+    there enter a block of their own.
+
     Raises:
         ValueError: there is none of this name.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} does not exist; choose one of {', '.join(BACKENDS)}")
-    return _forcing(backend)
+    return _Forcing(backend)
 
 
-@contextlib.contextmanager
-def _forcing(backend: str) -> Iterator[None]:
-    token = _forced.set(backend)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+class _Forcing(contextlib.ContextDecorator):
+    """May be entered again, within itself as well."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+        self._tokens: list[Token[str | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_forced.set(self._backend))
+
+    def __exit__(self, *_: object) -> None:
+        _forced.reset(self._tokens.pop())
 
 
 def explain(operation: str, *args: Any, **kwargs: Any) -> dict[str, str]:
-    """For each backend, ``"chosen"``, ``"accepts"`` or the reason why it can't take these inputs."""
-    args = tuple(arguments_of(operation, args, kwargs)[1].values())
-    reasons = {backend: refusal(operation, backend, args) or "accepts" for backend in BACKENDS}
-    reasons[choose(operation, args)] = "chosen"
-    return reasons
+    """For each backend, ``"chosen"``, ``"accepts"`` or the reason why it can't take these inputs.
+
+    None is chosen where ``use_backend`` or ``LRQ_BACKEND`` asks for one that can't take them.
+
+    Raises:
+        ValueError, TypeError: as the operation does.
+    """
+    contract, arguments = arguments_of(operation, args, kwargs)
+    contract(*arguments.values())
+    reasons = {backend: refusal(operation, backend, tuple(arguments.values())) for backend in BACKENDS}
+    able = [backend for backend in BACKENDS if reasons[backend] is None]
+    chosen = forced_backend() or able[0]
+    return {backend: reason or ("chosen" if backend == chosen else "accepts") for backend, reason in reasons.items()}
 
 
 def backends() -> dict[str, dict[str, str]]:

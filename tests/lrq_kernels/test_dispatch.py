@@ -85,3 +85,32 @@ def test_importing_leaves_torch_alone(statement: str) -> None:
     """The start takes under half a second because torch, triton and numpy come with the first use."""
     check = f"import sys; {statement}; sys.exit(bool({{'torch', 'triton', 'numpy', 'rich'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", check], env=dict(os.environ)).returncode == 0
+
+
+def test_explain_explains_under_a_backend_that_refuses() -> None:
+    with lrq_kernels.use_backend("cuda"):
+        reasons = lrq_kernels.explain("amax", torch.ones(2, 2))
+    assert "chosen" not in reasons.values() and reasons["reference"] == "accepts"
+    assert reasons["cuda"] not in ("accepts", "chosen")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "missing a required argument: 'x'"),
+        (("foo",), "x: must be a torch.Tensor, got str"),
+        ((None,), "x: must be a torch.Tensor, got NoneType"),
+        ((W.double(),), "x: dtype must be one of float32, bfloat16, float16, got float64"),
+    ],
+)
+def test_explain_asks_the_contract(arguments: tuple, words: str) -> None:
+    with pytest.raises(TypeError, match=f"^quantize_nvfp4: {words}$"):
+        lrq_kernels.explain("quantize_nvfp4", *arguments)
+
+
+def test_forcing_can_be_entered_again() -> None:
+    forcing = lrq_kernels.use_backend("reference")
+    for _ in range(2):
+        with forcing, lrq_kernels.use_backend("cuda"), forcing:
+            assert dispatch.forced_backend() == "reference"
+        assert dispatch.forced_backend() is None
