@@ -24,7 +24,8 @@ def quantize_mxfp8(x: Tensor, coherence: float | None = None) -> tuple[Tensor, T
     wins a tie. A scale above the rule's moves only small weights, to a coarser grid.
 
     Args:
-        x: [M,N] or [B,M,N], float32, bfloat16 or float16, finite.
+        x: [M,N] or [B,M,N], float32, bfloat16 or float16, finite: what shares a scale with a NaN or an infinity has no
+            defined codes.
         coherence: γ >= 0 takes the better scale of two; None takes the rule above.
 
     Returns:

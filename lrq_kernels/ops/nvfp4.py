@@ -25,7 +25,8 @@ def quantize_nvfp4(
     ``|E|^2 + γ <E,W>^2/|W|^2`` over the block, W the block and E its error; the smaller scale wins a tie.
 
     Args:
-        x: [M,N] or [B,M,N], float32, bfloat16 or float16, finite.
+        x: [M,N] or [B,M,N], float32, bfloat16 or float16, finite: what shares a scale with a NaN or an infinity has no
+            defined codes.
         tensor_scale: float32 [] or [B], positive; computed if absent.
         coherence: γ >= 0 searches the best scales; None takes the rule above.
 
