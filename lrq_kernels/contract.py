@@ -77,16 +77,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, x: object) -> None:
-    """Raise unless ``x`` is a tensor."""
+    """Raise unless ``x`` is a dense tensor."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: must be a dense tensor, got {x.layout}")
 
 
 def check_matrix(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """Raise unless ``x`` is [M,N] or [B,M,N], not empty, and of one of ``dtypes``."""
     check_tensor(name, x)
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: must be a dense tensor, got {x.layout}")
     if x.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: dtype must be one of {allowed}, got {str(x.dtype).removeprefix('torch.')}")

@@ -162,6 +162,7 @@ def test_fullgraph_compile() -> None:
             lambda: lrq_kernels.bind("dequantize_nvfp4", *NVFP4[:2], None, 40, 64),
             "tensor_scale: must be a torch.Tensor",
         ),
+        (lambda: lrq_kernels.quantize_nvfp4(BATCH, torch.ones(2).to_sparse()), "tensor_scale: must be a dense tensor"),
         (lambda: step(5, None), "gradient: must be a torch.Tensor, got NoneType"),
         (lambda: step(2, None), "scale: must be a torch.Tensor, got NoneType"),
         (lambda: lrq_kernels.dequantize_nvfp4(*NVFP4, -40, 64), "rows and columns must be positive, got -40 and 64"),
