@@ -127,7 +127,8 @@ class Bench:
         print("host us per call:", "  ".join(f"{name} {us:.1f}" for name, us in found.items()))
 
 
-if __name__ == "__main__":
+def parsed() -> argparse.Namespace:
+    """The options, checked before anything is timed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="part of the names of the cases to run")
@@ -139,14 +140,26 @@ if __name__ == "__main__":
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    devices = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if options.device not in devices or (options.device == "cuda" and not torch.cuda.is_available()):
+        parser.error(f"--device {options.device}: there is no such device")
+    if options.shapes < 1:
+        parser.error(f"--shapes: at least 1, got {options.shapes}")
+    options.cases = [case for case in cases() if options.only.lower() in case.name.lower()]
+    if not options.cases:
+        parser.error(f"--only {options.only}: part of none of {', '.join(case.name for case in cases())}")
+    return options
+
+
+if __name__ == "__main__":
+    options = parsed()
     bench = Bench(torch.device(options.device), options.compare_all, options.backends, options.peers)
     bench.overhead()
     for i, shape in enumerate(SHAPES[bench.device.type][: options.shapes]):
         matrices = weights(shape, bench.device)
         bench.ceiling(matrices)
-        for case in cases():
-            if options.only.lower() in case.name.lower():
-                bench.case(case, matrices, first=i == 0)
+        for case in options.cases:
+            bench.case(case, matrices, first=i == 0)
     if options.json:
         results = {"machine": machine(bench.device), "results": bench.rows}
         options.json.write_text(json.dumps(results, indent=1) + "\n")

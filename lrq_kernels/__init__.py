@@ -29,9 +29,9 @@ OPERATIONS = {
 """Name of every operation and the module of its contract, the same file name in ``ops``, ``reference``, ``triton``
 and ``csrc``."""
 
-_DISPATCH = ("use_backend", "explain", "backends", "bind")
+_DISPATCH = ("use_backend", "explain", "backends")
 
-__all__ = [*OPERATIONS, *_DISPATCH]
+__all__ = [*OPERATIONS, *_DISPATCH, "bind"]
 
 
 def __getattr__(name: str) -> Any:
@@ -39,6 +39,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"lrq_kernels.ops.{OPERATIONS[name]}"), name)
     if name in _DISPATCH:
         return getattr(importlib.import_module("lrq_kernels.dispatch"), name)
+    if name == "bind":
+        return importlib.import_module("lrq_kernels.bound").bind
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

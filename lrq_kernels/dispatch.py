@@ -9,8 +9,9 @@ import contextlib
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,7 @@ class Kernel:
 _kernels: dict[tuple[str, str], Kernel] = {}
 _missing: dict[str, str] = {}
 _loaded: set[str] = set()
+_loading = threading.RLock()
 _forced: ContextVar[str | None] = ContextVar("lrq_backend", default=None)
 
 
@@ -77,11 +79,27 @@ def unavailable(backend: str, reason: str) -> None:
 def _load(backend: str) -> None:
     if backend in _loaded:
         return
-    _loaded.add(backend)
-    try:
-        importlib.import_module(_MODULES[backend])
-    except ImportError as error:
-        _missing[backend] = str(error)
+    # Others wait: half of the kernels would choose another backend.
+    with _loading:
+        if backend in _loaded:
+            return
+        module = _MODULES[backend]
+        together = {name for name in BACKENDS if _MODULES[name] == module}
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            _lose(together, str(error))
+        except Exception as error:  # another version of what it imports may fail in any way
+            _lose(together, f"{module} does not load: {type(error).__name__}: {error}")
+        _loaded.update(together)
+
+
+def _lose(lost: set[str], reason: str) -> None:
+    for name in lost:
+        _missing[name] = reason.partition("\n")[0]
+    # Those that were registered before the import failed.
+    for key in [key for key in _kernels if key[1] in lost]:
+        del _kernels[key]
 
 
 def forced_backend() -> str | None:
@@ -136,10 +154,15 @@ def call(operation: str, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> N
     Raises:
         RuntimeError: the kernel failed; the message names the operation and the backend.
     """
-    _run(operation, choose(operation, inputs), inputs, outputs)
+    run(operation, choose(operation, inputs), inputs, outputs)
 
 
-def _run(operation: str, backend: str, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+def run(operation: str, backend: str, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+    """Fill ``outputs`` with the kernel of ``backend``, which accepted ``inputs``.
+
+    Raises:
+        RuntimeError: the kernel failed; the message names the operation and the backend.
+    """
     try:
         _kernels[operation, backend].run(*inputs, *outputs)
     except MemoryError:
@@ -151,72 +174,66 @@ def _run(operation: str, backend: str, inputs: tuple[Any, ...], outputs: tuple[A
         raise RuntimeError(f"{operation}: the {backend} kernel failed: {error}") from error
 
 
-class Bound:
-    """An operation tied to its tensors: every call fills ``outputs`` anew from what the inputs then hold.
-
-    For loops and CUDA graphs: arguments were checked, the backend chosen and the outputs allocated once.
-    """
-
-    def __init__(self, operation: str, backend: str, inputs: tuple[Any, ...], outputs: Any) -> None:
-        self.operation, self.backend, self.outputs = operation, backend, outputs
-        self._inputs = inputs
-        self._filled = outputs if isinstance(outputs, tuple) else (outputs,)
-
-    def __call__(self) -> Any:
-        _run(self.operation, self.backend, self._inputs, self._filled)
-        return self.outputs
-
-
-def bind(operation: str, *args: Any, **kwargs: Any) -> Bound:
-    """Tie ``operation`` to its arguments: check them, choose the backend and allocate the outputs now, compute later.
-
-    Example: ``quantize = lrq_kernels.bind("quantize_nvfp4", w)``, then ``quantize()`` as often as ``w`` changes.
+def arguments_of(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
+    """The contract of an operation and all of its arguments by name, defaults filled in.
 
     Raises:
-        ValueError, TypeError: as the operation does.
-        RuntimeError: no backend takes these inputs.
+        ValueError: there is no such operation.
+        TypeError: an argument is missing, or unknown.
     """
-    contract, arguments = _arguments(operation, args, kwargs)
-    outputs = contract(*arguments)
-    return Bound(operation, choose(operation, arguments), arguments, outputs)
-
-
-def _arguments(operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable, tuple[Any, ...]]:
-    """The contract of an operation and all of its arguments, defaults filled in."""
     if operation not in OPERATIONS:
         raise ValueError(f"operation {operation!r} does not exist; choose one of {', '.join(OPERATIONS)}")
     contract = getattr(lrq_kernels, operation).__wrapped__
-    arguments = inspect.signature(contract).bind(*args, **kwargs)
+    try:
+        arguments = inspect.signature(contract).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{operation}: {error}") from None
     arguments.apply_defaults()
-    return contract, arguments.args
+    return contract, arguments.arguments
 
 
 def use_backend(backend: str) -> contextlib.AbstractContextManager[None]:
     """Force one backend inside a ``with`` block, over ``LRQ_BACKEND``.
+
+    It holds for the thread, or the asyncio task, that enters the block, and for tasks started there; threads started
+    there enter a block of their own.
 
     Raises:
         ValueError: there is none of this name.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} does not exist; choose one of {', '.join(BACKENDS)}")
-    return _forcing(backend)
+    return _Forcing(backend)
 
 
-@contextlib.contextmanager
-def _forcing(backend: str) -> Iterator[None]:
-    token = _forced.set(backend)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+class _Forcing(contextlib.ContextDecorator):
+    """May be entered again, within itself as well."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+        self._tokens: list[Token[str | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_forced.set(self._backend))
+
+    def __exit__(self, *_: object) -> None:
+        _forced.reset(self._tokens.pop())
 
 
 def explain(operation: str, *args: Any, **kwargs: Any) -> dict[str, str]:
-    """For each backend, ``"chosen"``, ``"accepts"`` or the reason why it can't take these inputs."""
-    args = _arguments(operation, args, kwargs)[1]
-    reasons = {backend: refusal(operation, backend, args) or "accepts" for backend in BACKENDS}
-    reasons[choose(operation, args)] = "chosen"
-    return reasons
+    """For each backend, ``"chosen"``, ``"accepts"`` or the reason why it can't take these inputs.
+
+    None is chosen where ``use_backend`` or ``LRQ_BACKEND`` asks for one that can't take them.
+
+    Raises:
+        ValueError, TypeError: as the operation does.
+    """
+    contract, arguments = arguments_of(operation, args, kwargs)
+    contract(*arguments.values())
+    reasons = {backend: refusal(operation, backend, tuple(arguments.values())) for backend in BACKENDS}
+    able = [backend for backend in BACKENDS if reasons[backend] is None]
+    chosen = forced_backend() or able[0]
+    return {backend: reason or ("chosen" if backend == chosen else "accepts") for backend, reason in reasons.items()}
 
 
 def backends() -> dict[str, dict[str, str]]:

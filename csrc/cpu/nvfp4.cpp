@@ -5,6 +5,7 @@
 #include "../e4m3.h"
 #include "../kernels.h"
 #include "../layout.h"
+#include "amax.h"
 #include "clones.h"
 #include "expand.h"
 #include "lanes.h"
@@ -106,7 +107,7 @@ void set_tensor_scales(const Layout& layout, std::vector<std::vector<float>>& ro
         float* row = rows[worker].data();
         read_row(layout.x, matrix, index % layout.x.rows, row);
         float& most = amax[matrix * workers + worker];
-        most = std::max(most, row_amax(row, layout.x.columns));
+        most = larger(most, row_amax(row, layout.x.columns));
     });
     for (int64_t m = 0; m < layout.x.batch; ++m)
         layout.tensor_scale[m] = nvfp4::scale_of_amax(largest(&amax[m * workers], workers));

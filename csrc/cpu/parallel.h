@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -26,7 +27,11 @@ void parallel_rows(int64_t rows, int workers, const Work& work, int64_t grain = 
     };
     std::vector<std::thread> threads;
     threads.reserve(workers - 1);
-    for (int worker = 1; worker < workers; ++worker) threads.emplace_back(run, worker);
+    try {
+        for (int worker = 1; worker < workers; ++worker) threads.emplace_back(run, worker);
+    } catch (const std::exception&) {
+        // The system gives no more threads: those that run, and this one, take all rows.
+    }
     run(0);
     for (std::thread& thread : threads) thread.join();
 }

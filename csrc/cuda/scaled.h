@@ -171,13 +171,14 @@ inline int64_t vectors_in(int64_t columns) { return (columns + kVector - 1) / kV
 template <class Codec, class T, int kHeld, int kThreads, int kTogether>
 void launch_tiles(const Scaled& layout, bool aligned, uintptr_t stream, const char* operation) {
     const int64_t across = vectors_in(layout.tile_columns), vectors = across * layout.tile_rows;
-    require(vectors <= std::numeric_limits<int32_t>::max() / 2,
-            std::string(operation) + ": the matrix is too large for one launch");
+    const int64_t tiles = layout.tiles_down() * layout.tiles_across();
+    require(
+        vectors <= std::numeric_limits<int32_t>::max() / 2 && tiles <= std::numeric_limits<int32_t>::max() - kTogether,
+        std::string(operation) + ": the matrix is too large for one launch");
     Way way = aligned ? way_of<T>(layout.x) : Way::kAny;
     // Of a row each tile is flat, of a block only one as wide as the matrix.
     if (way != Way::kAny)
         way = layout.tile_rows == 1 || (way == Way::kFlat && layout.tiles_across() == 1) ? Way::kFlat : Way::kAligned;
-    const int64_t tiles = layout.tiles_down() * layout.tiles_across();
     with_way(way, [&](auto chosen) {
         constexpr Way kWay = decltype(chosen)::value;
         // More vectors that lie anywhere spill.

@@ -38,7 +38,7 @@ struct Span {
     template <class T>
     __device__ __forceinline__ const T* weights(const nvfp4::Layout& layout, int64_t matrix) const {
         return static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride + first_row * layout.x.row_stride +
-               block * nvfp4::kBlock;
+               int64_t{block} * nvfp4::kBlock;
     }
 
     // `kWhole`: every block starts at a multiple of 16 bytes and lies inside the matrix.
@@ -47,7 +47,7 @@ struct Span {
                                          Block16<T> (&blocks)[kRows]) const {
         const T* row =
             static_cast<const T*>(layout.x.data) + matrix * layout.x.batch_stride + first_row * layout.x.row_stride;
-        if constexpr (kWhole) row += block * nvfp4::kBlock;
+        if constexpr (kWhole) row += int64_t{block} * nvfp4::kBlock;
 #pragma unroll
         for (int i = 0; i < kRows; ++i, row += layout.x.row_stride)
             if (i < full) {

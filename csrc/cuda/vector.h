@@ -200,7 +200,8 @@ bool is_aligned_throughout(const Matrix& x) {
 }
 
 // How the vectors of a matrix, numbered from row to row, are found: anywhere; where every one is whole and lies as
-// `load_vector` wants it, and 32 bits hold the stride of rows; or also one after the other, without gaps between rows.
+// `load_vector` wants it, and 32 bits hold the stride of rows, of the outputs as well, which is the number of columns;
+// or also one after the other, without gaps between rows.
 enum class Way { kAny, kAligned, kFlat };
 
 // From the start of the matrix, and how many columns are left from there on.
@@ -222,7 +223,8 @@ __device__ __forceinline__ Spot spot_of(uint32_t index, const Divisor& across, i
 
 template <class T>
 Way way_of(const Matrix& x) {
-    if (!is_aligned_throughout<T>(x) || x.row_stride > std::numeric_limits<uint32_t>::max()) return Way::kAny;
+    if (!is_aligned_throughout<T>(x) || std::max(x.row_stride, x.columns) > std::numeric_limits<uint32_t>::max())
+        return Way::kAny;
     return x.row_stride == x.columns ? Way::kFlat : Way::kAligned;
 }
 

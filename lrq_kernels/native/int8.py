@@ -7,7 +7,14 @@ from torch import Tensor
 
 from lrq_kernels import _native
 from lrq_kernels.dispatch import kernel
-from lrq_kernels.native.memory import on_cpu, on_cuda, room_for_amax, stream_of, with_contiguous_columns
+from lrq_kernels.native import fp8
+from lrq_kernels.native.memory import (
+    group_refusal,
+    on_cpu,
+    room_for_amax,
+    stream_of,
+    with_contiguous_columns,
+)
 
 
 @kernel("quantize_int8", backend="cpu", accepts=on_cpu)
@@ -24,9 +31,19 @@ def dequantize_int8_cpu(codes: Tensor, scale: Tensor, hadamard: int, dtype: torc
     _native.dequantize_int8_cpu(with_contiguous_columns(codes), scale.contiguous(), hadamard, out, threads)
 
 
+def cuda_refusal(x: Tensor, scaling: str, block: int, given_scale: Tensor | None, hadamard: int) -> str | None:
+    """None, or why CUDA can't."""
+    return group_refusal(hadamard) or fp8.cuda_refusal(x, scaling, block, given_scale)
+
+
+def cuda_refusal_back(codes: Tensor, scale: Tensor, hadamard: int, dtype: torch.dtype) -> str | None:
+    """None, or why CUDA can't."""
+    return group_refusal(hadamard) or fp8.cuda_refusal_back(codes, scale, dtype)
+
+
 if _native.has_cuda:
 
-    @kernel("quantize_int8", backend="cuda", accepts=on_cuda)
+    @kernel("quantize_int8", backend="cuda", accepts=cuda_refusal)
     def quantize_int8_cuda(
         x: Tensor, scaling: str, block: int, given_scale: Tensor | None, hadamard: int, codes: Tensor, scale: Tensor
     ) -> None:
@@ -39,7 +56,7 @@ if _native.has_cuda:
         room = room_for_amax(x) if scaling == "tensor" and given_scale is None else None
         _native.quantize_int8_cuda(x, scaling, block, given_scale, room, hadamard, codes, scale, stream)
 
-    @kernel("dequantize_int8", backend="cuda", accepts=on_cuda)
+    @kernel("dequantize_int8", backend="cuda", accepts=cuda_refusal_back)
     def dequantize_int8_cuda(codes: Tensor, scale: Tensor, hadamard: int, dtype: torch.dtype, out: Tensor) -> None:
         codes, stream = with_contiguous_columns(codes), stream_of(codes)
         values = torch.empty_like(out, dtype=torch.float32) if hadamard else out

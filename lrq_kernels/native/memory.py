@@ -39,6 +39,24 @@ def on_cuda(*inputs: object) -> str | None:
     return _device_refusal(tensors[0].device.index)
 
 
+_LARGEST_GROUP = 1024
+"""Of ``with_group`` in csrc/cuda/hadamard.h."""
+_MOST_VECTORS = 2**31 - 2**21
+"""Vectors of 8 columns are counted in 32 bits, those of the last thread blocks as well."""
+
+
+def group_refusal(group: int) -> str | None:
+    """None, or why the CUDA kernels can't rotate groups of so many columns."""
+    return f"the Hadamard group must be at most {_LARGEST_GROUP}, got {group}" if group > _LARGEST_GROUP else None
+
+
+def size_refusal(x: Tensor) -> str | None:
+    """None, or why a kernel that numbers the vectors of a matrix can't take it."""
+    rows, columns = x.shape[-2:]
+    large = rows * ((columns + 7) // 8) > _MOST_VECTORS
+    return f"matrix too large for one launch: {[rows, columns]}" if large else None
+
+
 _MOST_PARTS = 256
 """``kMostParts`` of csrc/cuda/amax.h."""
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lrq_kernels import _native
 from lrq_kernels.dispatch import kernel
-from lrq_kernels.native.memory import on_cpu, on_cuda, room_for_amax, stream_of, with_contiguous_columns
+from lrq_kernels.native.memory import on_cpu, on_cuda, room_for_amax, size_refusal, stream_of, with_contiguous_columns
 
 
 @kernel("quantize_nvfp4", backend="cpu", accepts=on_cpu)
@@ -38,9 +38,22 @@ def dequantize_nvfp4_cpu(
     _native.dequantize_nvfp4_cpu(*inputs, out, torch.get_num_threads())
 
 
+_MOST_MATRICES = 65535
+"""``kMaxGridY`` of csrc/cuda/nvfp4.cu."""
+
+
+def cuda_refusal(x: Tensor, given_scale: Tensor | None, coherence: float | None) -> str | None:
+    """None, or why CUDA can't."""
+    matrices = x.shape[:-2].numel()
+    if matrices > _MOST_MATRICES:
+        return f"at most {_MOST_MATRICES} matrices, got {matrices}"
+    # The amax numbers vectors.
+    return (size_refusal(x) if given_scale is None else None) or on_cuda(x, given_scale)
+
+
 if _native.has_cuda:
 
-    @kernel("quantize_nvfp4", backend="cuda", accepts=on_cuda)
+    @kernel("quantize_nvfp4", backend="cuda", accepts=cuda_refusal)
     def quantize_nvfp4_cuda(
         x: Tensor,
         given_scale: Tensor | None,

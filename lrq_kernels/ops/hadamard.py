@@ -9,7 +9,7 @@ from lrq_kernels.contract import check_matrix, operation
 def check_group(group: int, columns: int) -> None:
     """Raise ``ValueError`` unless ``group`` is a power of 4 (at least 4) that divides ``columns``."""
     if group < 4 or group & (group - 1) or group.bit_length() % 2 == 0:
-        raise ValueError(f"group must be a power of 4 (4, 16, 64, 256, 1024), got {group}")
+        raise ValueError(f"group must be a power of 4 (4, 16, 64, ...), got {group}")
     if columns % group:
         raise ValueError(f"the columns must be a multiple of the Hadamard group {group}, got {columns}")
 

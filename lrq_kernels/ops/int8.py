@@ -18,7 +18,8 @@ def quantize_int8(
     to -127..127; all in float32 with correctly rounded division.
 
     Args:
-        x: [M,N] or [B,M,N], float32, bfloat16 or float16, finite.
+        x: [M,N] or [B,M,N], float32, bfloat16 or float16, finite: what shares a scale with a NaN or an infinity, or
+            with a sum of the rotation that overflows float32, has no defined codes.
         scaling: ``tensor``, ``row`` or ``block``.
         block: side of the square block, for ``block``; it divides M and N.
         scale: float32 [] or [B], for ``tensor``: use this scale.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrq_kernels.contract import FLOATS, check_device, check_matrix, check_shape, operation, round_up
+from lrq_kernels.contract import FLOATS, check_device, check_matrix, check_shape, check_size, operation, round_up
 from lrq_kernels.ops.swizzle import swizzled_shape
 
 BLOCK = 32
@@ -24,7 +24,8 @@ def quantize_mxfp8(x: Tensor, coherence: float | None = None) -> tuple[Tensor, T
     wins a tie. A scale above the rule's moves only small weights, to a coarser grid.
 
     Args:
-        x: [M,N] or [B,M,N], float32, bfloat16 or float16, finite.
+        x: [M,N] or [B,M,N], float32, bfloat16 or float16, finite: what shares a scale with a NaN or an infinity has no
+            defined codes.
         coherence: γ >= 0 takes the better scale of two; None takes the rule above.
 
     Returns:
@@ -60,6 +61,7 @@ def dequantize_mxfp8(
         ``dtype`` [..,rows,columns].
     """
     check_matrix("codes", codes, (torch.float8_e4m3fn,))
+    check_size(rows, columns)
     batch = codes.shape[:-2]
     padded = round_up(rows, ROW_MULTIPLE), round_up(columns, BLOCK)
     check_shape("codes", codes, (*batch, *padded), torch.float8_e4m3fn)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrq_kernels.contract import FLOATS, check_device, check_matrix, check_shape, operation, round_up
+from lrq_kernels.contract import FLOATS, check_device, check_matrix, check_shape, check_size, operation, round_up
 from lrq_kernels.ops.swizzle import swizzled_shape
 
 BLOCK = 16
@@ -25,7 +25,8 @@ def quantize_nvfp4(
     ``|E|^2 + γ <E,W>^2/|W|^2`` over the block, W the block and E its error; the smaller scale wins a tie.
 
     Args:
-        x: [M,N] or [B,M,N], float32, bfloat16 or float16, finite.
+        x: [M,N] or [B,M,N], float32, bfloat16 or float16, finite: what shares a scale with a NaN or an infinity has no
+            defined codes.
         tensor_scale: float32 [] or [B], positive; computed if absent.
         coherence: γ >= 0 searches the best scales; None takes the rule above.
 
@@ -72,6 +73,7 @@ def dequantize_nvfp4(
         ``dtype`` [..,rows,columns].
     """
     check_matrix("codes", codes, (torch.uint8,))
+    check_size(rows, columns)
     batch = codes.shape[:-2]
     padded = round_up(rows, ROW_MULTIPLE), round_up(columns, BLOCK)
     check_shape("codes", codes, (*batch, padded[0], padded[1] // 2), torch.uint8)

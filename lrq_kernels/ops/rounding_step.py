@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrq_kernels.contract import check_device, check_matrix, check_shape, operation, round_up, width
+from lrq_kernels.contract import check_device, check_matrix, check_shape, check_tensor, operation, round_up, width
 
 PART = 2048
 """Weights whose errors are summed together."""
@@ -102,6 +102,7 @@ def rounding_step(
     if block_rows < 1 or block_columns < 1:
         raise ValueError(f"block_rows and block_columns must be positive, got {block_rows} and {block_columns}")
     blocks = round_up(rows, block_rows) // block_rows, round_up(columns, block_columns) // block_columns
+    check_tensor("gradient", gradient)
     gradient_dtype = torch.bfloat16 if gradient.dtype == torch.bfloat16 else torch.float32
     for name, x, expected, dtype in (
         ("values", values, shape, torch.bfloat16),
@@ -115,6 +116,8 @@ def rounding_step(
         if x is not None:
             check_shape(name, x, expected, dtype)
             check_device(name, x, weight)
+        elif not name.endswith("_curvature"):
+            check_tensor(name, x)
     part_rows, part_columns = part_shape(columns)
     parts = (round_up(rows, part_rows) // part_rows) * (round_up(columns, part_columns) // part_columns)
     return (

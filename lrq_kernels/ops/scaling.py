@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrq_kernels.contract import check_device, check_shape
+from lrq_kernels.contract import check_device, check_shape, check_tensor
 
 SCALINGS = ("tensor", "row", "block")
 
@@ -12,7 +12,7 @@ def scale_shape(shape: torch.Size, scaling: str, block: int, row_tail: tuple[int
     """Shape of the scales of a [..,M,N] matrix; ``row_tail`` is what follows M for one scale a row: () or (1,).
 
     Raises:
-        ValueError: unknown scaling, or a block that does not divide M and N.
+        ValueError: unknown scaling, or a block that is not positive or does not divide M and N.
     """
     *batch, rows, columns = shape
     if scaling not in SCALINGS:
@@ -21,7 +21,9 @@ def scale_shape(shape: torch.Size, scaling: str, block: int, row_tail: tuple[int
         return tuple(batch)
     if scaling == "row":
         return (*batch, rows, *row_tail)
-    if block < 1 or rows % block or columns % block:
+    if block < 1:
+        raise ValueError(f"block must be positive, got {block}")
+    if rows % block or columns % block:
         raise ValueError(f"M and N must be multiples of the block {block}, got {rows} x {columns}")
     return (*batch, rows // block, columns // block)
 
@@ -54,6 +56,7 @@ def expand_scale(scale: Tensor, shape: torch.Size) -> Tensor:
 
 def check_scale_of(scale: Tensor, codes: Tensor, row_tail: tuple[int, ...]) -> None:
     """Raise ``ValueError`` unless ``scale`` is float32, beside the codes, and fits them by tensor, row or block."""
+    check_tensor("scale", scale)
     check_device("scale", scale, codes)
     shape = codes.shape
     *batch, rows, columns = shape

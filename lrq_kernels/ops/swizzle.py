@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrq_kernels.contract import check_matrix, operation, round_up
+from lrq_kernels.contract import check_matrix, check_size, operation, round_up
 
 BYTES = (torch.uint8, torch.float8_e4m3fn)
 
@@ -38,8 +38,9 @@ def unswizzle_scales(swizzled: Tensor, rows: int, columns: int) -> Tensor:
         ValueError: ``swizzled`` is not the layout of ``rows`` by ``columns`` blocks.
     """
     check_matrix("swizzled", swizzled, BYTES)
+    check_size(rows, columns)
     expected = swizzled_shape(rows, columns)
-    if rows < 1 or columns < 1 or tuple(swizzled.shape[-2:]) != expected:
+    if tuple(swizzled.shape[-2:]) != expected:
         raise ValueError(
             f"swizzled: {rows} x {columns} scales take shape {list(expected)}, got {list(swizzled.shape[-2:])}"
         )

@@ -90,7 +90,12 @@ def unpack_kernel(
 
 def _as_words(x: Tensor, size: int, dtype: torch.dtype) -> Tensor | None:
     """Bytes [B,M,N] as words of so many bytes, None if rows are no whole words."""
-    starts = (x.data_ptr(), x.shape[2], *(s for s, n in zip(x.stride()[:2], x.shape[:2], strict=True) if n > 1))
+    starts = (
+        x.data_ptr(),
+        x.storage_offset(),
+        x.shape[2],
+        *(s for s, n in zip(x.stride()[:2], x.shape[:2], strict=True) if n > 1),
+    )
     if any(start % size for start in starts):
         return None
     shape = (x.shape[0], x.shape[1], x.shape[2] // size)
@@ -100,7 +105,7 @@ def _as_words(x: Tensor, size: int, dtype: torch.dtype) -> Tensor | None:
 
 def _strided_words(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor | None:
     # What torch can't see as words although they are, single matrices with an odd stride, goes byte by byte.
-    odd = x.storage_offset() % dtype.itemsize or any(s % dtype.itemsize for s in x.stride()[:2])
+    odd = any(s % dtype.itemsize for s in x.stride()[:2])
     return None if odd else x.view(dtype).as_strided(shape, strides)
 
 

@@ -18,14 +18,25 @@ INTERPRETED = not isinstance(widen, triton.JITFunction)
 """``TRITON_INTERPRET=1`` was set when this module was imported."""
 
 MOST_PROGRAMS = 2**31 - 1
+_MOST_LONG = 2**31 - 2**16
+"""Rows and columns are counted in 32 bits, those of the last tile as well."""
 _MOST_MATRICES = 65535
 _MERGED = 4096
+
+
+def size_refusal(rows: int, columns: int) -> str | None:
+    """None, or why a matrix is too large."""
+    most = max(rows, columns) > _MOST_LONG
+    return f"at most {_MOST_LONG} rows and columns, got {rows} x {columns}" if most else None
 
 
 def refusal(*inputs: object) -> str | None:
     """None, or why Triton can't take these tensors, of which the first is [..,M,N]."""
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     first = tensors[0]
+    too_long = size_refusal(*first.shape[-2:])
+    if too_long is not None:
+        return too_long
     for x in tensors:
         if x.device.type not in ("cuda", "cpu"):
             return f"takes CUDA tensors, got one on {x.device}"
@@ -75,6 +86,13 @@ def matrices_of(x: Tensor) -> Tensor:
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     return x if x.dim() == 3 else x[None]
+
+
+def dense(x: Tensor, size: int = 1) -> Tensor:
+    """``x``, or a copy of it where it has gaps, or can't be seen as words of ``size`` bytes from its start on."""
+    x = x.detach().contiguous()
+    starts = x.data_ptr(), x.storage_offset() * x.element_size()
+    return x.clone() if any(start % size for start in starts) else x
 
 
 def merged(matrices: Tensor, multiple: int = 1) -> Tensor:

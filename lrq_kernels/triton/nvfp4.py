@@ -9,7 +9,7 @@ from lrq_kernels.dispatch import kernel
 from lrq_kernels.triton.amax import amax_bits
 from lrq_kernels.triton.arithmetic import largest
 from lrq_kernels.triton.blocks import load_16, load_scales, place_blocks, programs, store_scales, store_values
-from lrq_kernels.triton.launch import INTERPRETED, accepts, current, has_e4m3, matrices_of
+from lrq_kernels.triton.launch import INTERPRETED, accepts, current, dense, has_e4m3, matrices_of, size_refusal
 from lrq_kernels.triton.minifloat import MAX_E2M1, MAX_E4M3, decode_e2m1, decode_signed_e4m3, encode_e4m3
 from lrq_kernels.triton.nvfp4_rule import (
     LEAST_OUTER,
@@ -226,7 +226,17 @@ def _expand_programs(
     return programs(rows, columns, 16, _EXPAND["BLOCKS"])
 
 
-@kernel("dequantize_nvfp4", backend="triton", accepts=accepts(_expand_programs))
+_fits = accepts(_expand_programs)
+
+
+def _expand_refusal(
+    codes: Tensor, block_scales: Tensor, tensor_scale: Tensor, rows: int, columns: int, dtype: torch.dtype
+) -> str | None:
+    # Codes have half as many columns.
+    return size_refusal(rows, columns) or _fits(codes, block_scales, tensor_scale, rows, columns, dtype)
+
+
+@kernel("dequantize_nvfp4", backend="triton", accepts=_expand_refusal)
 def dequantize_nvfp4(
     codes: Tensor,
     block_scales: Tensor,
@@ -242,7 +252,7 @@ def dequantize_nvfp4(
         expand_kernel[
             _expand_programs(codes, block_scales, tensor_scale, rows, columns, dtype), out.shape[:-2].numel()
         ](
-            codes.contiguous().view({8: torch.int32, 4: torch.int16}[width]),
+            dense(codes, width // 2).view({8: torch.int32, 4: torch.int16}[width]),
             block_scales.contiguous().view(torch.uint8),
             tensor_scale.detach().contiguous(),
             out,

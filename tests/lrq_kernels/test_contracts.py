@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from samples import gaussian, step_arguments
 
 W = gaussian(40, 64)
 BATCH = gaussian(2, 40, 64)
+
+E4M3 = torch.ones(40, 64).to(torch.float8_e4m3fn)
+NVFP4 = lrq_kernels.quantize_nvfp4(W)
+MXFP8 = lrq_kernels.quantize_mxfp8(W)
 
 
 def calls() -> dict[str, list[tuple]]:
@@ -151,11 +156,25 @@ def test_fullgraph_compile() -> None:
         (lambda: step(1, W), "values: dtype must be bfloat16, got torch.float32"),
         (lambda: step(9, torch.ones((), device="meta")), "share: must be on cpu, is on meta"),
         (lambda: lrq_kernels.dequantize_int8(torch.zeros(4, 4, dtype=torch.int8), torch.ones(4)), "scale: float32 by"),
+        (lambda: lrq_kernels.bind("quantize_nvfp4", W, 1.0), "tensor_scale: must be a torch.Tensor, got float"),
+        (lambda: lrq_kernels.bind("dequantize_fp8", E4M3, None), "scale: must be a torch.Tensor, got NoneType"),
+        (
+            lambda: lrq_kernels.bind("dequantize_nvfp4", *NVFP4[:2], None, 40, 64),
+            "tensor_scale: must be a torch.Tensor",
+        ),
+        (lambda: lrq_kernels.quantize_nvfp4(BATCH, torch.ones(2).to_sparse()), "tensor_scale: must be a dense tensor"),
+        (lambda: step(5, None), "gradient: must be a torch.Tensor, got NoneType"),
+        (lambda: step(2, None), "scale: must be a torch.Tensor, got NoneType"),
+        (lambda: lrq_kernels.dequantize_nvfp4(*NVFP4, -40, 64), "rows and columns must be positive, got -40 and 64"),
+        (lambda: lrq_kernels.dequantize_mxfp8(*MXFP8, 40, 0), "rows and columns must be positive, got 40 and 0"),
+        (lambda: lrq_kernels.quantize_fp8(W, "block", 0), "block must be positive, got 0"),
     ],
 )
 def test_refusals_say_what_and_where(call, words: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=words):
+    with pytest.raises((ValueError, TypeError), match=words) as caught:
         call()
+    # One line, which begins with the operation.
+    assert re.match(rf"({'|'.join(OPERATIONS)}): .*$", str(caught.value)), caught.value
 
 
 def test_a_parameter_gives_plain_tensors() -> None:

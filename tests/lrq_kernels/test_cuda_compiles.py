@@ -80,3 +80,12 @@ def test_mxfp8_converts_by_instruction(built, target):
     assert "ue8m0x2" not in ptx
     kernels = [kernel for kernel in ptx.split(".entry ")[1:] if "search_kernel" not in kernel.split("(")[0]]
     assert kernels and not any("div.rn.f32" in kernel for kernel in kernels)
+
+
+def test_what_the_host_decides_of_large_matrices(tmp_path):
+    program = tmp_path / "limits"
+    source = Path(__file__).with_name("limits.cu")
+    command = [nvcc(), *FLAGS, "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-O0", "-o", program, source]
+    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

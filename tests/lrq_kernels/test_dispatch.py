@@ -80,25 +80,37 @@ def test_out_of_memory_keeps_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
         lrq_kernels.amax(W)
 
 
-def test_bound_operation_follows_its_input() -> None:
-    w = torch.randn(32, 48)
-    quantize = lrq_kernels.bind("quantize_nvfp4", w, coherence=4.0)
-    assert quantize.backend == dispatch.choose("quantize_nvfp4", (w, None, 4.0))
-    for seed in range(2):
-        w.copy_(torch.randn(32, 48, generator=torch.Generator().manual_seed(seed)))
-        memory = [t.data_ptr() for t in quantize.outputs]
-        found, expected = quantize(), lrq_kernels.quantize_nvfp4(w, coherence=4.0)
-        assert [t.data_ptr() for t in found] == memory
-        for a, b in zip(found, expected, strict=True):
-            assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-    with pytest.raises(ValueError, match="coherence must be finite and not negative"):
-        lrq_kernels.bind("quantize_nvfp4", w, coherence=-1.0)
-    with pytest.raises(ValueError, match="does not exist"):
-        lrq_kernels.bind("quantise", w)
-
-
 @pytest.mark.parametrize("statement", ["import lrq_kernels", "import lrq", "import lrq.cli"])
 def test_importing_leaves_torch_alone(statement: str) -> None:
     """The start takes under half a second because torch, triton and numpy come with the first use."""
     check = f"import sys; {statement}; sys.exit(bool({{'torch', 'triton', 'numpy', 'rich'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", check], env=dict(os.environ)).returncode == 0
+
+
+def test_explain_explains_under_a_backend_that_refuses() -> None:
+    with lrq_kernels.use_backend("cuda"):
+        reasons = lrq_kernels.explain("amax", torch.ones(2, 2))
+    assert "chosen" not in reasons.values() and reasons["reference"] == "accepts"
+    assert reasons["cuda"] not in ("accepts", "chosen")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "missing a required argument: 'x'"),
+        (("foo",), "x: must be a torch.Tensor, got str"),
+        ((None,), "x: must be a torch.Tensor, got NoneType"),
+        ((W.double(),), "x: dtype must be one of float32, bfloat16, float16, got float64"),
+    ],
+)
+def test_explain_asks_the_contract(arguments: tuple, words: str) -> None:
+    with pytest.raises(TypeError, match=f"^quantize_nvfp4: {words}$"):
+        lrq_kernels.explain("quantize_nvfp4", *arguments)
+
+
+def test_forcing_can_be_entered_again() -> None:
+    forcing = lrq_kernels.use_backend("reference")
+    for _ in range(2):
+        with forcing, lrq_kernels.use_backend("cuda"), forcing:
+            assert dispatch.forced_backend() == "reference"
+        assert dispatch.forced_backend() is None

@@ -1,5 +1,9 @@
 """What the list of inputs in test_bits.py can't ask of the C++ and CUDA kernels: threads, streams, large offsets."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -147,3 +151,59 @@ def test_dequantizes_beyond_32_bit_offsets(beyond_32_bits):
         found = dequantize_mxfp8(*quantize_mxfp8(beyond_32_bits), *beyond_32_bits.shape, torch.bfloat16)
         last = dequantize_mxfp8(*quantize_mxfp8(beyond_32_bits[-32:]), 32, found.shape[1], torch.bfloat16)
     assert torch.equal(found[-32:], last) and last[-1].any() and not found[:-1].any()
+
+
+FEW_THREADS = """
+import resource, torch, lrq_kernels
+x = torch.arange(4096 * 64.).view(4096, 64)
+lrq_kernels.amax(x)
+torch.set_num_threads(64)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20,) * 2)
+with lrq_kernels.use_backend("cpu"):
+    print(lrq_kernels.amax(x).item())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="not Linux")
+def test_goes_on_with_the_threads_it_gets():
+    """There is room for the stacks of a few threads only."""
+    done = subprocess.run([sys.executable, "-c", FEW_THREADS], capture_output=True, text=True)
+    assert done.stdout.strip() == "262143.0", done.stderr
+
+
+def test_a_nan_is_kept_whatever_follows_it():
+    x = gaussian(64, 64)
+    x[1, 2] = float("nan")
+    with use_backend("cpu"):
+        _, _, tensor_scale = quantize_nvfp4(x)
+    assert tensor_scale.isnan()
+
+
+def test_cuda_refuses_what_its_kernels_would():
+    """Before the call, so that another backend takes it; asked without CUDA, so the limits are asked first."""
+    from lrq_kernels.native import amax, fp8, hadamard, int8, nvfp4
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    few, scale = empty(2, 4096), empty()
+    large = empty(2**20, 2**14)
+    for reason in (
+        hadamard.cuda_refusal(few, 4096),
+        int8.cuda_refusal(few, "row", 0, None, 4096),
+        int8.cuda_refusal_back(few, scale, 4096, torch.float32),
+    ):
+        assert reason == "the Hadamard group must be at most 1024, got 4096"
+    assert nvfp4.cuda_refusal(empty(65536, 1, 16), None, None) == "at most 65535 matrices, got 65536"
+    for reason in (
+        amax.cuda_refusal(large),
+        nvfp4.cuda_refusal(large, None, None),
+        fp8.cuda_refusal(large, "tensor", 0, None),
+        int8.cuda_refusal(large, "tensor", 0, None, 16),
+        fp8.cuda_refusal_back(large, scale, torch.float32),
+        int8.cuda_refusal_back(large, scale, 0, torch.float32),
+    ):
+        assert reason == "matrix too large for one launch: [1048576, 16384]"
+    assert "takes tensors on CUDA" in fp8.cuda_refusal(large, "row", 0, None)
+    assert "takes tensors on CUDA" in hadamard.cuda_refusal(few, 1024)
