@@ -33,6 +33,8 @@ VERSION = "1"
 """Of the layout, under ``lrq_stats``."""
 SLACK = 1e-6
 """What rounding may add to a squared mean, relative to the second moment."""
+ROUGH = 0.05
+"""What rounding may add to a second moment, relative to the largest input's square."""
 MEASURED, SIMULATED = "measured", "simulated"
 """Origins: real inputs of a run, or a guess from the checkpoint, which never moves a bias."""
 REQUIRED = {"count": "I64", "mean": "F64", "second": "F64", "amax": "F32", "histogram": "I64"}
@@ -226,6 +228,8 @@ class StatsFile(Mapping[str, InputStats]):
                 raise InputError(f"{where}: {suffix} is negative")
         if (found["mean"].square() > found["second"] * (1 + SLACK) + torch.finfo(torch.float32).tiny).any():
             raise InputError(f"{where}: a squared mean is larger than the second moment; they are of no inputs")
+        if self.measured and found["second"].max() > (1 + ROUGH) * found["amax"].double().square():
+            raise InputError(f"{where}: a second moment is larger than amax squared; they are of no inputs")
         if not found["count"] or not found["histogram"].sum():
             raise InputError(f"{where}: its count is 0")
         return InputStats(

@@ -121,6 +121,7 @@ WRONG = {
     ),
     "NaN": (lambda t, m: t["fc.mean"].fill_(float("nan")), "mean is NaN"),
     "negative": (lambda t, m: t["fc.second"].fill_(-1), "second is negative"),
+    "amax": (lambda t, m: t["fc.amax"].fill_(1e-3), "larger than amax squared"),
     "no tokens": (lambda t, m: t["fc.count"].fill_(0), "count is 0"),
 }
 
