@@ -80,9 +80,7 @@ def calibrate(
         [f"of the second moments of experts, which are many, {inputs.reduced} are kept"] if inputs.reduced else []
     )
     notices += [f"experts of {printable(name)} are not collected: {why}" for name, why in inputs.refused.items()]
-    notices += _listed(
-        "count padding as well, for their inputs are no list of tokens:", inputs.unmasked if padded else []
-    )
+    notices += _listed("counted with padding, which the mask does not fit:", inputs.unmasked if padded else [])
     blind = {name.removesuffix(SUFFIX) for name in experts}.difference(inputs.seen, inputs.unseen)
     notices += _listed("of experts have no statistics:", sorted(blind))
     return Calibrated(target, len(inputs.seen), tokens, notices)

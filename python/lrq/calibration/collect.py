@@ -165,7 +165,9 @@ class Collector:
         shape, wanted = ([size for size in one if size != 1] for one in (x.shape[:-1], self.mask.shape))
         if shape in (wanted, [self.mask.numel()]):
             return self.mask
-        self._unmasked.add(name)
+        # One input a text has no padding.
+        if shape != wanted[:1]:
+            self._unmasked.add(name)
         return None
 
     def _add(self, owner: str, x: Tensor, mask: Tensor | None, options: dict[str, int]) -> None:
