@@ -100,14 +100,13 @@ def _nearest_rate(fmt: Format, scale_search: bool, device: str) -> float:
 @cache
 def _learned_rate(fmt: Format, known: str, device: str) -> float:
     """Seconds for one product of one weight, learned."""
-    if known == DIAGONAL:
-        return UNEQUAL * _learned_rate(fmt, "", device)
     w = torch.randn(_LEARNED_SIDE, _LEARNED_SIDE, generator=torch.Generator().manual_seed(0)).to(device)
     rounding, moments = Rounding(), None
-    if known:
+    if known == CORRELATED:
         stats = replace(standard_normal(_LEARNED_SIDE), gram=torch.eye(_LEARNED_SIDE))
         moments = Moments(fmt, stats, w.device)
-    return _timed(fmt, w, rounding, moments) / w.numel() / _products(_LEARNED_SIDE, _LEARNED_SIDE, rounding, fmt, known)
+    products = w.numel() * _products(_LEARNED_SIDE, _LEARNED_SIDE, rounding, fmt, known)
+    return _timed(fmt, w, rounding, moments) / products * (UNEQUAL if known == DIAGONAL else 1)
 
 
 def _timed(fmt: Format, w: torch.Tensor, rounding: Rounding, moments: Moments | None = None) -> float:
