@@ -1,6 +1,6 @@
 """What bounds a kernel: counters of Nsight Compute (ncu) for the cases of bench_kernels.py that are named.
 
-    python benchmarks/profile_kernels.py [--json FILE] [CASE ...]      a case: backend:part of its name
+    python benchmarks/profile_kernels.py [--json FILE] [CASE ...]      a case: backend:its name[@NxK]
 
 For every kernel of a case: µs, the share of the peak DRAM bandwidth, the share of cycles in which a scheduler issues an
 instruction, how busy the integer units are (ALU: an instruction takes them two cycles), thread instructions a weight,
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ CASES = [
     *("cuda:quantize MXFP8, best scales", "cuda:quantize FP8 tensor", "cuda:quantize INT8 block 128"),
     *("cuda:dequantize NVFP4", "cuda:dequantize INT8 block", "cuda:step of rounding, E2M1"),
     *("triton:quantize NVFP4, best scales", "triton:quantize INT8 row, Hadamard 256", "triton:step of rounding, E2M1"),
+    *("cuda:quantize NVFP4, scale given@3072x3072", "cuda:quantize NVFP4@3072x3072"),
 ]
 STALLS = ("long_scoreboard", "short_scoreboard", "barrier", "math_pipe_throttle", "wait", "lg_throttle", "mio_throttle")
 STALLS += ("no_instruction", "branch_resolving", "dispatch_stall", "not_selected")
@@ -51,16 +53,25 @@ BETWEEN = "cos_kernel"
 """Part of the name of the kernel that stands between two cases."""
 
 
-def chosen(names: list[str]) -> list[tuple[str, Case]]:
-    """Backend and case of every name."""
+def parsed(name: str) -> tuple[str, str, tuple[int, int]]:
+    """Backend, name of the case, and shape."""
+    backend, _, rest = name.partition(":")
+    case, _, shape = rest.partition("@")
+    rows, columns = map(int, shape.split("x")) if shape else SHAPE
+    return backend, case, (rows, columns)
+
+
+def chosen(names: list[str]) -> list[tuple[str, Case, tuple[int, int]]]:
+    """Backend, case and shape of every name."""
     every = {case.name: case for case in cases()}
-    return [(backend, every[name]) for backend, _, name in (name.partition(":") for name in names)]
+    return [(backend, every[case], shape) for backend, case, shape in map(parsed, names)]
 
 
 def run(names: list[str]) -> None:
     """What ncu watches: every case once, after it has run unwatched."""
-    x = weights(SHAPE, torch.device("cuda"))[0]
-    prepared = [(backend, case, case.arguments(x)) for backend, case in chosen(names)]
+    picked = chosen(names)
+    made = {shape: weights(shape, torch.device("cuda"))[0] for *_, shape in picked}
+    prepared = [(backend, case, case.arguments(made[shape])) for backend, case, shape in picked]
     for watched in (False, True):
         torch.cuda.synchronize()
         if watched:
@@ -82,7 +93,6 @@ def profiled(names: list[str]) -> list[dict[str, object]]:
         subprocess.run(command, check=True)
         lines = [line for line in log.read_text().splitlines() if line.startswith('"')]
     units, *rows = csv.DictReader(lines)
-    count = SHAPE[0] * SHAPE[1]
     found, position = [], -1
     for row in rows:
         if BETWEEN in row["Kernel Name"]:
@@ -91,7 +101,7 @@ def profiled(names: list[str]) -> list[dict[str, object]]:
         values = {}
         for name, metric in METRICS.items():
             values[name] = float(row[metric].replace(",", "")) * UNITS.get(units[metric], 1.0)
-        values["instructions_a_weight"] = values.pop("instructions") / count
+        values["instructions_a_weight"] = values.pop("instructions") / math.prod(parsed(names[position])[2])
         stalls = {name: values.pop(name) for name in STALLS}
         waits = max((name for name in stalls if name != "not_selected"), key=lambda name: stalls[name])
         kernel = row["Kernel Name"].partition("(")[0]

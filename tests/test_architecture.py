@@ -17,6 +17,7 @@ FLOORS = {
     "lrq.settings": 0,
     "lrq.execution": 0,
     "lrq.packing": 1,
+    "lrq.products": 1,
     "lrq.learning": 1,
     "lrq.formats": 1,
     "lrq.calibration": 1,

@@ -85,13 +85,16 @@ __global__ void __launch_bounds__(kSpanThreads, kSearch               ? 4
                                                 : kRows == kRowsOf<T> ? 7
                                                                       : kFewResident)
     quantize_kernel(Layout layout, Divisor spans, Found found, float coherence) {
-    await_predecessor();
+    admit_successor();
+    // Weights were there before the kernel that found the amax admitted this one.
+    if (layout.given_scale) await_end_of_predecessor();
     __shared__ uint4 staged[kSpanTiles][kRows];
     const int64_t matrix = blockIdx.y;
     // Backwards: the end of the matrix is what the pass over amax left in the L2 cache.
     const Span<kRows> span(layout, spans, gridDim.x - 1 - blockIdx.x, threadIdx.x / kWarpSize);
     Block16<T> blocks[kRows];
     span.template load<kWhole>(layout, matrix, blocks);
+    if (!layout.given_scale) await_end_of_predecessor();
     const float outer =
         layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(found.of(matrix));
     if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = outer;

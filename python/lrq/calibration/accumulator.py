@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lrq.calibration.inputs import BINS, InputStats, magnitude_bins
+from lrq.calibration.inputs import InputStats, magnitude_bins
+from lrq.products import has_wide_product, wide_product
 
 GRAM_LIMIT = 4096
 """Widest layer whose second moments are kept whole: float64 [K,K] while streaming, 128 MiB at the limit."""
@@ -16,7 +20,16 @@ RANK = 512
 OVERSAMPLING = 64
 """Columns more of the sketch than it gives eigenpairs."""
 CHUNK = 1 << 24
-"""Elements widened to float64 at once."""
+"""Elements that are summed at once, and widened to float64 where the sums are made on a CPU."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over some inputs of a layer."""
+
+    count: int
+    each: dict[str, Tensor]
+    """By name, as :class:`Accumulator` adds them up."""
 
 
 class Accumulator:
@@ -26,14 +39,21 @@ class Accumulator:
     orthonormal Ω [K, rank + 64], of which :meth:`result` takes the Nyström approximation (Tropp, Yurtsever, Udell,
     Cevher 2017, "Fixed-rank approximation of a positive-semidefinite matrix from streaming data", algorithm 3).
     ``rank`` 0: the diagonal alone.
+
+    On a GPU, whose memory such sums would keep busy for longer than the model does, those of a chunk are made in
+    float32, and products of 16-bit inputs from their 16 bits, which is as exact.
     """
 
     def __init__(self, columns: int, *, gram_limit: int = GRAM_LIMIT, rank: int = RANK) -> None:
-        self.columns, self.count, self.skipped = columns, 0, 0
+        self.columns, self.count = columns, 0
         self._rank = min(rank, columns)
         self._whole = columns <= gram_limit
-        self._sums: dict[str, Tensor] = {}
-        self._omega: Tensor | None = None
+        self._totals: dict[str, Tensor] = {}
+
+    @property
+    def kind(self) -> tuple[int, bool, int]:
+        """Accumulators of one kind make the same sums of the same inputs."""
+        return self.columns, self._whole, self._rank
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Add inputs [..,K] of any float dtype.
@@ -44,6 +64,11 @@ class Accumulator:
         Raises:
             ValueError: inputs of another width.
         """
+        for sums in self.sums_of(x, mask):
+            self.add(sums)
+
+    def sums_of(self, x: Tensor, mask: Tensor | None = None) -> Iterator[Sums]:
+        """The sums over inputs as those of :meth:`update`, a chunk at a time."""
         if x.shape[-1] != self.columns:
             raise ValueError(f"inputs must have {self.columns} columns, got {x.shape[-1]}")
         rows = x.detach().reshape(-1, self.columns)
@@ -53,37 +78,37 @@ class Accumulator:
             if len(chunk):
                 # Sums of 16 bits, as inside autocast, are none.
                 with torch.autocast(chunk.device.type, enabled=False):
-                    self._add(chunk.float())
+                    yield Sums(len(chunk), self._sums_of(chunk))
 
-    def _add(self, x: Tensor) -> None:
-        sums = self._sums or self._begin(x.device)
-        x = x.to(sums["first"].device)
-        wide = x.double()
-        self.count += len(x)
-        sums["first"] += wide.sum(0)
-        sums["second"] += wide.square_().sum(0)
-        torch.maximum(sums["amax"], x.abs().amax(), out=sums["amax"])
-        sums["histogram"] += magnitude_bins(x)
-        if self._whole:
-            sums["gram"] += x.T @ x
-        elif self._omega is not None:
-            sums["sketch"] += x.T @ (x @ self._omega)
+    def add(self, sums: Sums) -> None:
+        """Add the sums that an accumulator of the same kind made."""
+        self.count += sums.count
+        for name, one in sums.each.items():
+            total = self._totals.get(name)
+            if total is None:
+                wide = one.dtype if name == "amax" or not one.is_floating_point() else torch.float64
+                total = self._totals[name] = torch.zeros_like(one, dtype=wide)
+            one = one.to(total.device)
+            _ = torch.maximum(total, one, out=total) if name == "amax" else total.add_(one)
 
-    def _begin(self, device: torch.device) -> dict[str, Tensor]:
-        self._sums = {
-            "first": torch.zeros(self.columns, dtype=torch.float64, device=device),
-            "second": torch.zeros(self.columns, dtype=torch.float64, device=device),
-            "amax": torch.zeros((), device=device),
-            "histogram": torch.zeros(BINS, dtype=torch.int64, device=device),
-        }
+    def _sums_of(self, x: Tensor) -> dict[str, Tensor]:
+        # 16 bits where their products are fast.
+        x = x if has_wide_product(x) else x.float()
+        if x.is_cuda:
+            sums = {"first": x.sum(0, dtype=torch.float32), "second": _norm(x, 2, 0).square()}
+            sums["amax"] = _norm(x, math.inf)
+        else:
+            wide = x.double()
+            sums = {"first": wide.sum(0), "second": wide.square_().sum(0), "amax": x.abs().amax()}
+        sums["histogram"] = magnitude_bins(x)
         if self._whole:
-            self._sums["gram"] = torch.zeros(self.columns, self.columns, dtype=torch.float64, device=device)
+            sums["gram"] = _product(x.T, x)
         elif self._rank:
-            width = min(self._rank + OVERSAMPLING, self.columns)
-            generator = torch.Generator().manual_seed(self.columns)
-            self._omega = torch.linalg.qr(torch.randn(self.columns, width, generator=generator))[0].to(device)
-            self._sums["sketch"] = torch.zeros(self.columns, width, dtype=torch.float64, device=device)
-        return self._sums
+            sums["sketch"] = _sketch(x, self._omega(x.device))
+        return sums
+
+    def _omega(self, device: torch.device) -> Tensor:
+        return _test_matrix(self.columns, min(self._rank + OVERSAMPLING, self.columns), device)
 
     def result(self) -> InputStats | None:
         """On the CPU; None where no token came.
@@ -93,7 +118,7 @@ class Accumulator:
         """
         if not self.count:
             return None
-        sums = {name: total.cpu() for name, total in self._sums.items()}
+        sums = {name: total.cpu() for name, total in self._totals.items()}
         if not all(torch.isfinite(total).all() for total in sums.values() if total.is_floating_point()):
             raise ValueError("an input is NaN or infinite")
         mean, second = sums["first"] / self.count, sums["second"] / self.count
@@ -101,10 +126,40 @@ class Accumulator:
         if "gram" in sums:
             gram = sums["gram"] / self.count
             return replace(diagonal, gram=((gram + gram.T) / 2).float())
-        if self._omega is None:
+        if "sketch" not in sums:
             return diagonal
-        vectors, values = _nystrom(sums["sketch"] / self.count, self._omega.cpu().double(), self._rank)
+        omega = self._omega(torch.device("cpu")).double()
+        vectors, values = _nystrom(sums["sketch"] / self.count, omega, self._rank)
         return replace(diagonal, vectors=vectors, values=values)
+
+
+def _norm(x: Tensor, order: float, dim: int | None = None) -> Tensor:
+    """Float32, in one pass over numbers of any dtype."""
+    return torch.linalg.vector_norm(x, order, dim, dtype=torch.float32)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return wide_product(a[None], b[None])[0] if has_wide_product(a) else a @ b
+
+
+@lru_cache(maxsize=16)
+def _test_matrix(columns: int, width: int, device: torch.device) -> Tensor:
+    """Ω, near to orthonormal columns, which bfloat16 holds."""
+    if device.type != "cpu":
+        return _test_matrix(columns, width, torch.device("cpu")).to(device)
+    generator = torch.Generator().manual_seed(columns)
+    return torch.linalg.qr(torch.randn(columns, width, generator=generator))[0].bfloat16()
+
+
+def _sketch(x: Tensor, omega: Tensor) -> Tensor:
+    """``x'(xΩ)``, float32."""
+    if x.dtype != omega.dtype:
+        x = x.float()
+        return x.T @ (x @ omega.float())
+    y = _product(x, omega)
+    # In two parts 16 bits hold it as well as sums of float32 do.
+    high = y.bfloat16()
+    return _product(x.T, high) + _product(x.T, (y - high).bfloat16())
 
 
 def _nystrom(sketch: Tensor, omega: Tensor, rank: int) -> tuple[Tensor, Tensor]:

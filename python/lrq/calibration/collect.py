@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from lrq.calibration.accumulator import GRAM_LIMIT, RANK, Accumulator
 from lrq.calibration.experts import Experts, Route, bounded, find_experts
 from lrq.calibration.inputs import InputStats
+from lrq.calibration.linear import columns_of, identity, is_linear, is_transposed
 from lrq.calibration.naming import PrefixRule, match_experts, prefix_rule
+from lrq.calibration.recent import Recent
 from lrq.calibration.stats import MEASURED, save_stats
 from lrq.errors import InputError, printable
 
@@ -47,19 +49,19 @@ class Collector:
     ) -> None:
         chosen = _test_of(layers)
         experts, refused = find_experts(model)
-        if (_is_linear(model) or "" in experts) and chosen(""):
+        if (is_linear(model) or "" in experts) and chosen(""):
             raise InputError("the model is a single layer, which has no name; put it into a module")
         every = model.named_modules(remove_duplicate=False)
-        self._modules = {name: module for name, module in every if _is_linear(module) and chosen(name)}
+        self._modules = {name: module for name, module in every if is_linear(module) and chosen(name)}
         self._device, self._options = device, {"gram_limit": gram_limit, "rank": rank}
         # Weights may be replaced while the model runs, where they are offloaded; who shares one is known now.
         first: dict[int, str] = {}
-        self._owner = {name: first.setdefault(_identity(one), name) for name, one in self._modules.items()}
+        self._owner = {name: first.setdefault(identity(one), name) for name, one in self._modules.items()}
         self._mask: Tensor | None = None
         self._unmasked: set[str] = set()
         self._accumulators: dict[str, Accumulator] = {}
         self._hooks: list[Any] = []
-        self._lock = threading.Lock()
+        self._lock, self._recent = threading.Lock(), Recent()
         self.rule, self.unmatched = PrefixRule(), list[str]()
         """How names of modules become keys of the checkpoint, and modules that are none of its layers."""
         self._keys = {name: name for name in self._modules}
@@ -116,11 +118,12 @@ class Collector:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._recent.forget()
 
     def _hook(self, name: str) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
-            if isinstance(x, Tensor) and x.is_floating_point() and x.dim() and x.shape[-1] == _columns(module):
+            if isinstance(x, Tensor) and x.is_floating_point() and x.dim() and x.shape[-1] == columns_of(module):
                 # What is added up must outlive inference mode.
                 with torch.inference_mode(False), torch.no_grad():
                     self._add(self._owner[name], x, self._mask_of(name, x), self._options)
@@ -176,7 +179,8 @@ class Collector:
             if accumulator is None:
                 accumulator = self._accumulators[owner] = Accumulator(x.shape[-1], **options)
             device = x.device if self._device is None else self._device
-            accumulator.update(x.to(device), None if mask is None else mask.to(device))
+            for sums in self._recent.sums(accumulator, x, mask, device):
+                accumulator.add(sums)
 
     @property
     def tokens(self) -> int:
@@ -231,7 +235,7 @@ class Collector:
         Raises:
             InputError: no layer saw an input, or the file can't be written.
         """
-        names = [name for name, one in self._modules.items() if _is_transposed(one)]
+        names = [name for name, one in self._modules.items() if is_transposed(one)]
         names += [name for route in self._routes for name in route.transposed]
         transposed = [self._keys[name] for name in names if name in self._keys]
         save_stats(path, self.stats(), MEASURED, **about, transposed="\n".join(transposed))
@@ -270,29 +274,3 @@ def _test_of(layers: Choice) -> Callable[[str], bool]:
     except re.error as error:
         raise InputError(f"layers {printable(layers)}: no regular expression: {error}") from None
     return lambda name: pattern.search(name) is not None
-
-
-def _identity(module: nn.Module) -> int:
-    """The same of modules that share a weight; a weight that is computed (parametrizations) is of its module alone."""
-    own = module._parameters.get("weight")
-    return id(module) if own is None else id(own)
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    # By name: transformers need not be installed.
-    return any(base.__name__ == "Conv1D" for base in type(module).__mro__) and not isinstance(module, nn.Conv1d)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return False
-    if weight.dim() == 3:
-        return not isinstance(module, nn.modules.conv._ConvNd)
-    features = getattr(module, "in_features", None)
-    return weight.dim() == 2 and (_is_transposed(module) or features == weight.shape[1])
-
-
-def _columns(module: nn.Module) -> int:
-    weight: Any = module.weight
-    return int(weight.shape[0] if _is_transposed(module) else weight.shape[-1])

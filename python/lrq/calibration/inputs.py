@@ -12,7 +12,7 @@ SUBBITS = 3
 LOWEST, HIGHEST = -24, 24
 """from 2^LOWEST to 2^HIGHEST; the first also holds all that is smaller (and zero), the last all that is larger."""
 BINS = (HIGHEST - LOWEST) << SUBBITS
-_MANTISSA, _BIAS = 23, 127
+_BIAS = 127
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,24 @@ class InputStats:
 
 
 def magnitude_bins(x: Tensor) -> Tensor:
-    """Counts int64 [BINS] of |x| for float32 ``x`` of any shape.
+    """Counts int64 [BINS] of |x| for ``x`` of any shape and float dtype of 16 or 32 bits.
 
-    Exponent and leading mantissa bits of a float32 number its bin: 8 of equal width an octave.
+    Exponent and leading mantissa bits of a float32, or a bfloat16, number its bin: 8 of equal width an octave.
     """
-    index = (x.contiguous().reshape(-1).view(torch.int32) & 0x7FFFFFFF) >> (_MANTISSA - SUBBITS)
-    index = (index - ((_BIAS + LOWEST) << SUBBITS)).clamp_(0, BINS - 1)
-    return torch.bincount(index, minlength=BINS)
+    bits, mantissa = (x, 7) if x.dtype == torch.bfloat16 else (x.float(), 23)
+    bits = bits.contiguous().reshape(-1).view(torch.int16 if mantissa == 7 else torch.int32)
+    numbers = (bits & torch.iinfo(bits.dtype).max) >> (mantissa - SUBBITS)
+    octaves = 256 << SUBBITS
+    if numbers.is_cuda:
+        # Unlike bincount, this does not wait for the GPU.
+        counts = torch.histc(numbers.int(), octaves, 0, octaves).long()
+    else:
+        counts = torch.bincount(numbers, minlength=octaves)
+    first = (_BIAS + LOWEST) << SUBBITS
+    bins = counts[first : first + BINS].clone()
+    bins[0] += counts[:first].sum()
+    bins[-1] += counts[first + BINS :].sum()
+    return bins
 
 
 def bin_edge(index: int) -> float:

@@ -10,13 +10,12 @@ from torch.nn.functional import pad
 
 from lrq.config import Rounding
 from lrq.formats import Format
+from lrq.products import has_wide_product, wide_product
 
 ALIGNMENT = 64
 """A GPU gets zero directions up to a multiple of this: products of rows that no 16 bytes divide are slow."""
 LEAST_VALUE = 1e-2
 """Singular values below this share of the largest may leave too few digits to a direction of the other side."""
-_HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
-"""Whether torch multiplies bfloat16 into float32."""
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -123,13 +122,13 @@ def _leading(w: Tensor, count: int) -> tuple[Tensor | None, Tensor | None, Tenso
 def gram(w: Tensor) -> Tensor:
     """``W'W`` of w [..,N,K], in w's dtype.
 
-    On a GPU, weights that bfloat16 holds take its products, which float32 holds: exact but for the sums, as in float32.
+    On a GPU, weights that bfloat16 holds take its products: exact but for the sums, as in float32.
     """
-    if w.is_cuda and w.dtype == torch.float32 and _HAS_WIDE_PRODUCTS:
+    if w.is_cuda and w.dtype == torch.float32:
         half = w.bfloat16()
-        if torch.equal(half.float(), w):
+        if has_wide_product(half) and torch.equal(half.float(), w):
             batch = half.reshape(-1, *w.shape[-2:])
-            return torch.bmm(batch.mT, batch, out_dtype=torch.float32).view(*w.shape[:-2], *2 * w.shape[-1:])
+            return wide_product(batch.mT, batch).view(*w.shape[:-2], *2 * w.shape[-1:])
     return w.mT @ w
 
 

@@ -1,0 +1,24 @@
+"""Products of 16-bit matrices whose results are float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALVES = (torch.bfloat16, torch.float16)
+_HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
+"""Whether torch multiplies 16 bits into float32."""
+
+
+def has_wide_product(x: Tensor) -> bool:
+    """Whether :func:`wide_product` takes matrices as ``x``: of 16 bits, on a GPU."""
+    return _HAS_WIDE_PRODUCTS and x.is_cuda and x.dtype in HALVES
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of 16-bit a [B,M,K] and b [B,K,N], float32 [B,M,N].
+
+    float32 holds the product of two such numbers: exact but for the sums, as products of float32, at many times their
+    rate.
+    """
+    return torch.bmm(a, b, out_dtype=torch.float32)

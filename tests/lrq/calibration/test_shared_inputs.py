@@ -1,0 +1,114 @@
+"""Layers that get the same inputs share their sums, and only those; a GPU's sums are the CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from checkpoints import normal
+from lrq.calibration import collect
+from lrq.calibration.accumulator import Accumulator
+from measured import inputs
+
+
+class Both(nn.Module):
+    """Two layers; what happens to the inputs between them is given."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.q, self.k, self.between = nn.Linear(16, 4), nn.Linear(16, 4), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x) + self.k(self.between(x))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of every time that sums are made."""
+    made: list[int] = []
+    original = Accumulator._sums_of
+
+    def spy(self: Accumulator, x: Tensor) -> dict[str, Tensor]:
+        made.append(len(x))
+        return original(self, x)
+
+    monkeypatch.setattr(Accumulator, "_sums_of", spy)
+    return made
+
+
+def test_the_same_tensor_is_summed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = counted(monkeypatch)
+    batches = [inputs(10, 16, seed=i) for i in range(3)]
+    model = Both(lambda x: x)
+    with torch.no_grad(), collect(model) as collector:
+        for x in batches:
+            model(x)
+    stats, exact = collector.stats(), torch.cat(batches).double()
+    assert made == [10, 10, 10]
+    for name in ("q", "k"):
+        assert stats[name].count == 30
+        torch.testing.assert_close(stats[name].mean, exact.mean(0), rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(stats[name].second, exact.square().mean(0), rtol=1e-13, atol=0)
+    assert torch.equal(stats["q"].gram, stats["k"].gram) and torch.equal(stats["q"].histogram, stats["k"].histogram)
+
+
+@pytest.mark.parametrize("between", [lambda x: x.mul_(2), lambda x: 2 * x])
+def test_what_was_changed_is_summed_again(between: Callable[[Tensor], Tensor]) -> None:
+    x = inputs(10, 16)
+    model = Both(between)
+    with torch.no_grad(), collect(model) as collector:
+        model(x.clone())
+    stats = collector.stats()
+    torch.testing.assert_close(stats["q"].mean, x.double().mean(0), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(stats["k"].mean, 2 * x.double().mean(0), rtol=1e-14, atol=1e-14)
+
+
+def test_a_changed_tensor_of_inference_mode_is_summed_again() -> None:
+    """It has no version, so nothing is kept of it."""
+    x = inputs(10, 16)
+    with torch.inference_mode(), collect(model := Both(lambda x: x.mul_(2))) as collector:
+        model(x.clone())
+    torch.testing.assert_close(collector.stats()["k"].mean, 2 * x.double().mean(0), rtol=1e-14, atol=1e-14)
+
+
+def test_another_mask_is_another_sum() -> None:
+    x, mask = inputs(10, 16), torch.arange(10) < 6
+    model = nn.ModuleDict({"q": nn.Linear(16, 4), "k": nn.Linear(16, 4), "v": nn.Linear(16, 4)})
+    with torch.no_grad(), collect(model) as collector:
+        model["q"](x)
+        collector.mask = mask
+        model["k"](x)
+        mask[:3] = False
+        model["v"](x)
+    counts = {name: one.count for name, one in collector.stats().items()}
+    assert counts == {"q": 10, "k": 6, "v": 3}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"gram_limit": 1, "rank": 64}], ids=["whole", "sketch"])
+def test_a_gpu_sums_what_the_cpu_does(dtype: torch.dtype, options: dict[str, int]) -> None:
+    """Eigenpairs leave a twentieth of the spectrum here, which sketches of one test matrix see alike."""
+    x = torch.cat((normal(900, 24) @ normal(24, 192, seed=1) + 0.1 * normal(900, 192, seed=2) + 0.5, normal(7, 192)))
+    x = x.to(dtype)
+    x[3, 5] = 1e4
+    found = []
+    for device in ("cpu", "cuda"):
+        accumulator = Accumulator(192, **options)
+        for part in x.to(device).split(500):
+            accumulator.update(part)
+        found.append(accumulator.result())
+    cpu, gpu = found
+    assert cpu is not None and gpu is not None
+    assert gpu.count == cpu.count and gpu.amax == cpu.amax and torch.equal(gpu.histogram, cpu.histogram)
+    scale = cpu.second.sqrt()
+    assert ((gpu.mean - cpu.mean).abs() <= 1e-6 * scale).all()
+    torch.testing.assert_close(gpu.second, cpu.second, rtol=1e-6, atol=0)
+    if options:
+        rebuilt = [(one.vectors * one.values) @ one.vectors.T for one in (cpu, gpu)]
+        assert (rebuilt[0] - rebuilt[1]).norm() <= 1e-4 * rebuilt[0].norm()
+    else:
+        outer = scale[:, None] * scale
+        assert ((gpu.gram - cpu.gram).abs() <= 1e-5 * outer).all()
