@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lrq.calibration.inputs import InputStats, magnitude_bins
+from lrq.calibration.inputs import InputStats, in_range, magnitude_counts
 from lrq.products import has_wide_product, wide_product
 
 GRAM_LIMIT = 4096
@@ -86,7 +86,7 @@ class Accumulator:
         for name, one in sums.each.items():
             total = self._totals.get(name)
             if total is None:
-                wide = one.dtype if name == "amax" or not one.is_floating_point() else torch.float64
+                wide = torch.int64 if not one.is_floating_point() else one.dtype if name == "amax" else torch.float64
                 total = self._totals[name] = torch.zeros_like(one, dtype=wide)
             one = one.to(total.device)
             _ = torch.maximum(total, one, out=total) if name == "amax" else total.add_(one)
@@ -100,7 +100,7 @@ class Accumulator:
         else:
             wide = x.double()
             sums = {"first": wide.sum(0), "second": wide.square_().sum(0), "amax": x.abs().amax()}
-        sums["histogram"] = magnitude_bins(x)
+        sums["histogram"] = magnitude_counts(x)
         if self._whole:
             sums["gram"] = _product(x.T, x)
         elif self._rank:
@@ -122,7 +122,7 @@ class Accumulator:
         if not all(torch.isfinite(total).all() for total in sums.values() if total.is_floating_point()):
             raise ValueError("an input is NaN or infinite")
         mean, second = sums["first"] / self.count, sums["second"] / self.count
-        diagonal = InputStats(self.count, mean, second, sums["amax"].item(), sums["histogram"])
+        diagonal = InputStats(self.count, mean, second, sums["amax"].item(), in_range(sums["histogram"]))
         if "gram" in sums:
             gram = sums["gram"] / self.count
             return replace(diagonal, gram=((gram + gram.T) / 2).float())

@@ -12,7 +12,8 @@ SUBBITS = 3
 LOWEST, HIGHEST = -24, 24
 """from 2^LOWEST to 2^HIGHEST; the first also holds all that is smaller (and zero), the last all that is larger."""
 BINS = (HIGHEST - LOWEST) << SUBBITS
-_BIAS = 127
+OCTAVES, _BIAS = 256, 127
+"""Of float32, those of infinity and below its smallest among them."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,28 @@ class InputStats:
 
 
 def magnitude_bins(x: Tensor) -> Tensor:
-    """Counts int64 [BINS] of |x| for ``x`` of any shape and float dtype of 16 or 32 bits.
+    """Counts int64 [BINS] of |x| for ``x`` of any shape and float dtype of 16 or 32 bits."""
+    return in_range(magnitude_counts(x))
+
+
+def magnitude_counts(x: Tensor) -> Tensor:
+    """The same over all octaves of float32, [OCTAVES << SUBBITS], int64 or int32.
 
     Exponent and leading mantissa bits of a float32, or a bfloat16, number its bin: 8 of equal width an octave.
     """
     bits, mantissa = (x, 7) if x.dtype == torch.bfloat16 else (x.float(), 23)
     bits = bits.contiguous().reshape(-1).view(torch.int16 if mantissa == 7 else torch.int32)
     numbers = (bits & torch.iinfo(bits.dtype).max) >> (mantissa - SUBBITS)
-    octaves = 256 << SUBBITS
     if numbers.is_cuda:
         # Unlike bincount, this does not wait for the GPU.
-        counts = torch.histc(numbers.int(), octaves, 0, octaves).long()
-    else:
-        counts = torch.bincount(numbers, minlength=octaves)
+        return torch.histc(numbers.int(), OCTAVES << SUBBITS, 0, OCTAVES << SUBBITS)
+    return torch.bincount(numbers, minlength=OCTAVES << SUBBITS)
+
+
+def in_range(counts: Tensor) -> Tensor:
+    """Counts int64 [BINS] of those over all octaves."""
     first = (_BIAS + LOWEST) << SUBBITS
-    bins = counts[first : first + BINS].clone()
+    bins = counts[first : first + BINS].to(torch.int64, copy=True)
     bins[0] += counts[:first].sum()
     bins[-1] += counts[first + BINS :].sum()
     return bins

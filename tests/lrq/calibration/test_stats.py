@@ -30,6 +30,8 @@ def test_streamed_is_exact(dtype: torch.dtype) -> None:
     assert stats.gram is not None
     torch.testing.assert_close(stats.gram.double(), exact.T @ exact / 1000, rtol=1e-5, atol=1e-5)
     assert stats.amax == x.abs().amax().item() and int(stats.histogram.sum()) == x.numel()
+    again = accumulator.result()
+    assert again is not None and torch.equal(again.histogram, stats.histogram), "a result changes nothing"
 
 
 def test_wide_layers_keep_the_leading_eigenpairs() -> None:
