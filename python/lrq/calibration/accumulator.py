@@ -95,17 +95,28 @@ class Accumulator:
         # 16 bits where their products are fast.
         x = x if has_wide_product(x) else x.float()
         if x.is_cuda:
-            sums = {"first": x.sum(0, dtype=torch.float32), "second": _norm(x, 2, 0).square()}
-            sums["amax"] = _norm(x, math.inf)
+            sums = {"first": x.sum(0, dtype=torch.float32), "second": norm(x, 2, 0).square()}
+            sums["amax"] = norm(x, math.inf)
         else:
             wide = x.double()
             sums = {"first": wide.sum(0), "second": wide.square_().sum(0), "amax": x.abs().amax()}
-        sums["histogram"] = magnitude_counts(x)
+        return sums | {"histogram": magnitude_counts(x)} | self._products_of(x)
+
+    def _products_of(self, x: Tensor) -> dict[str, Tensor]:
         if self._whole:
-            sums["gram"] = _product(x.T, x)
-        elif self._rank:
-            sums["sketch"] = _sketch(x, self._omega(x.device))
-        return sums
+            return {"gram": _product(x.T, x)}
+        return {"sketch": _sketch(x, self._omega(x.device))} if self._rank else {}
+
+    def adopt(self, places: dict[str, Tensor]) -> None:
+        """Keep sums in these places from now on; who gave them may add to them, with :meth:`add_products`."""
+        for name, place in places.items():
+            if name in self._totals:
+                place.copy_(self._totals[name])
+        self._totals |= places
+
+    def add_products(self, x: Tensor) -> None:
+        """Count inputs [n,K] on a GPU, and add what is not in the places that were given."""
+        self.add(Sums(len(x), self._products_of(x if has_wide_product(x) else x.float())))
 
     def _omega(self, device: torch.device) -> Tensor:
         return _test_matrix(self.columns, min(self._rank + OVERSAMPLING, self.columns), device)
@@ -133,7 +144,7 @@ class Accumulator:
         return replace(diagonal, vectors=vectors, values=values)
 
 
-def _norm(x: Tensor, order: float, dim: int | None = None) -> Tensor:
+def norm(x: Tensor, order: float, dim: int | None = None) -> Tensor:
     """Float32, in one pass over numbers of any dtype."""
     return torch.linalg.vector_norm(x, order, dim, dtype=torch.float32)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lrq.calibration.accumulator import GRAM_LIMIT, RANK, Accumulator
+from lrq.calibration.bank import Bank
 from lrq.calibration.experts import Experts, Route, bounded, find_experts
 from lrq.calibration.inputs import InputStats
 from lrq.calibration.linear import columns_of, identity, is_linear, is_transposed
@@ -60,6 +61,7 @@ class Collector:
         self._mask: Tensor | None = None
         self._unmasked: set[str] = set()
         self._accumulators: dict[str, Accumulator] = {}
+        self._banks: dict[tuple[str, ...], Bank] = {}
         self._hooks: list[Any] = []
         self._lock, self._recent = threading.Lock(), Recent()
         self.rule, self.unmatched = PrefixRule(), list[str]()
@@ -133,13 +135,15 @@ class Collector:
     def _expert_hook(self, route: Route) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             with torch.inference_mode(False), torch.no_grad():
-                for owner, x in route.inputs(args, kwargs, self.mask):
-                    if x is None:
+                for owners, rows, counts in route.inputs(args, kwargs, self.mask):
+                    if rows is None:
                         self.refused[route.module] = (
                             "their weights are offloaded, and inputs of down_proj are not known"
                         )
+                    elif len(set(owners)) == 1:
+                        self._add(owners[0], rows, None, self._expert_options)
                     else:
-                        self._add(owner, x, None, self._expert_options)
+                        self._add_apart(owners, rows, counts)
 
         return watch
 
@@ -175,12 +179,21 @@ class Collector:
 
     def _add(self, owner: str, x: Tensor, mask: Tensor | None, options: dict[str, int]) -> None:
         with self._lock:
-            accumulator = self._accumulators.get(owner)
-            if accumulator is None:
-                accumulator = self._accumulators[owner] = Accumulator(x.shape[-1], **options)
-            device = x.device if self._device is None else self._device
-            for sums in self._recent.sums(accumulator, x, mask, device):
+            accumulator = self._accumulator(owner, x.shape[-1], options)
+            for sums in self._recent.sums(accumulator, x, mask, self._device or x.device):
                 accumulator.add(sums)
+
+    def _add_apart(self, owners: tuple[str, ...], rows: Tensor, counts: list[int]) -> None:
+        with self._lock:
+            if owners not in self._banks:
+                each = [self._accumulator(owner, rows.shape[-1], self._expert_options) for owner in owners]
+                self._banks[owners] = Bank(each)
+            self._banks[owners].update(rows.to(self._device or rows.device), counts)
+
+    def _accumulator(self, owner: str, columns: int, options: dict[str, int]) -> Accumulator:
+        if owner not in self._accumulators:
+            self._accumulators[owner] = Accumulator(columns, **options)
+        return self._accumulators[owner]
 
     @property
     def tokens(self) -> int:

@@ -54,8 +54,8 @@ class Experts:
 
     def routed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """The experts of one call that tokens go to, in order, each with their rows [t,H].
+    ) -> tuple[Tensor, list[int]] | None:
+        """The rows [n,H] that go to experts in one call, one expert's after the other's, and how many each gets.
 
         Args:
             args, kwargs: of the call.
@@ -64,10 +64,10 @@ class Experts:
         x = args[0] if args else kwargs.get("hidden_states")
         numbers = [one for one in (*args[1:], *kwargs.values()) if isinstance(one, Tensor) and _is_integer(one)]
         if not isinstance(x, Tensor) or not x.numel() or x.shape[-1] != self.columns or not numbers:
-            return
+            return None
         rows, chosen = x.detach().reshape(-1, self.columns), numbers[0]
         if chosen.dim() < 2 or chosen.shape[:-1].numel() != len(rows):
-            return
+            return None
         chosen = chosen.reshape(len(rows), -1)
         # Numbers beyond the last stand for no expert of this module.
         absent = (chosen < 0) | (chosen >= self.count)
@@ -77,11 +77,7 @@ class Experts:
         order = numbered.argsort(stable=True) // chosen.shape[1]
         # One wait for the device for all experts.
         counts = torch.bincount(numbered, minlength=self.count + 1).tolist()[: self.count]
-        begin = 0
-        for expert, tokens in enumerate(counts):
-            if tokens:
-                yield expert, rows[order[begin : begin + tokens]]
-            begin += tokens
+        return rows[order[: sum(counts)]], counts
 
     def inputs_of_second(self, expert: int, x: Tensor) -> Tensor | None:
         """What flows into ``down_proj`` [t,I] for rows [t,H]; None while the weights are elsewhere (offloaded)."""
@@ -137,13 +133,28 @@ class Route:
 
     def inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None
-    ) -> Iterator[tuple[str, Tensor | None]]:
-        """Owners and the inputs [t,K] of one call (:meth:`Experts.routed`); None for those that can't be computed."""
-        for expert, x in self.experts.routed(args, kwargs, mask):
-            if expert in self.first:
-                yield self.first[expert], x
-            if expert in self.second:
-                yield self.second[expert], self.experts.inputs_of_second(expert, x)
+    ) -> Iterator[tuple[tuple[str, ...], Tensor | None, list[int]]]:
+        """Owners, the inputs [n,K] of one call, one owner's after the other's, and how many each gets.
+
+        The inputs are as of :meth:`Experts.routed`, and None where they can't be computed.
+        """
+        found = self.experts.routed(args, kwargs, mask)
+        if found is None:
+            return
+        parts = found[0].split(found[1])
+        for owners in (self.first, self.second):
+            numbers = sorted(owners)
+            counts = [len(parts[expert]) for expert in numbers]
+            if not any(counts):
+                continue
+            rows: Tensor | None = found[0]
+            if owners is self.second:
+                inner = [self.experts.inputs_of_second(one, parts[one]) for one in numbers if len(parts[one])]
+                known = [one for one in inner if one is not None]
+                rows = torch.cat(known) if len(known) == len(inner) else None
+            elif len(numbers) < len(parts):
+                rows = torch.cat([parts[expert] for expert in numbers])
+            yield tuple(owners[expert] for expert in numbers), rows, counts
 
 
 def find_experts(model: nn.Module) -> tuple[dict[str, Experts], dict[str, str]]:

@@ -12,8 +12,9 @@ SUBBITS = 3
 LOWEST, HIGHEST = -24, 24
 """from 2^LOWEST to 2^HIGHEST; the first also holds all that is smaller (and zero), the last all that is larger."""
 BINS = (HIGHEST - LOWEST) << SUBBITS
-OCTAVES, _BIAS = 256, 127
-"""Of float32, those of infinity and below its smallest among them."""
+SLOTS = 256 << SUBBITS
+"""Bins of all octaves of float32, that of infinity and that below its smallest among them."""
+_BIAS = 127
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,22 @@ def magnitude_bins(x: Tensor) -> Tensor:
 
 
 def magnitude_counts(x: Tensor) -> Tensor:
-    """The same over all octaves of float32, [OCTAVES << SUBBITS], int64 or int32.
+    """The same over all octaves of float32, [SLOTS], int64 or int32."""
+    slots = magnitude_slots(x).flatten()
+    # Unlike bincount, this does not wait for the GPU.
+    return torch.histc(slots.int(), SLOTS, 0, SLOTS) if slots.is_cuda else torch.bincount(slots, minlength=SLOTS)
 
-    Exponent and leading mantissa bits of a float32, or a bfloat16, number its bin: 8 of equal width an octave.
+
+def magnitude_slots(x: Tensor) -> Tensor:
+    """Numbers of the bins over all octaves, int32 or int16, in the shape of x.
+
+    Exponent and leading mantissa bits of a float32, or a bfloat16, are that number: 8 of equal width an octave.
     """
-    bits, mantissa = (x, 7) if x.dtype == torch.bfloat16 else (x.float(), 23)
-    bits = bits.contiguous().reshape(-1).view(torch.int16 if mantissa == 7 else torch.int32)
-    numbers = (bits & torch.iinfo(bits.dtype).max) >> (mantissa - SUBBITS)
-    if numbers.is_cuda:
-        # Unlike bincount, this does not wait for the GPU.
-        return torch.histc(numbers.int(), OCTAVES << SUBBITS, 0, OCTAVES << SUBBITS)
-    return torch.bincount(numbers, minlength=OCTAVES << SUBBITS)
+    if x.dtype == torch.bfloat16:
+        bits, mantissa = x.contiguous().view(torch.int16), 7
+    else:
+        bits, mantissa = x.float().contiguous().view(torch.int32), 23
+    return (bits & torch.iinfo(bits.dtype).max) >> (mantissa - SUBBITS)
 
 
 def in_range(counts: Tensor) -> Tensor:

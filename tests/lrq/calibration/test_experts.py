@@ -163,7 +163,9 @@ def test_what_reaches_the_second_layer_gives_the_output(kind: type[nn.Module]) -
     y = torch.zeros(6, HIDDEN)
     module: Any = model.experts
     with torch.no_grad():
-        for expert, rows in experts.routed((x, model.index, model.shares), {}, None):
+        routed = experts.routed((x, model.index, model.shares), {}, None)
+        assert routed is not None
+        for expert, rows in enumerate(routed[0].split(routed[1])):
             tokens, slots = (model.index == expert).nonzero(as_tuple=True)
             assert torch.equal(rows, x[tokens])
             weight = module.down_proj[expert]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from checkpoints import normal
 from lrq.calibration import collect
 from lrq.calibration.accumulator import Accumulator
+from lrq.calibration.bank import Bank
 from measured import inputs
 
 
@@ -112,3 +113,31 @@ def test_a_gpu_sums_what_the_cpu_does(dtype: torch.dtype, options: dict[str, int
     else:
         outer = scale[:, None] * scale
         assert ((gpu.gram - cpu.gram).abs() <= 1e-5 * outer).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"gram_limit": 1, "rank": 40}, {"gram_limit": 1, "rank": 0}])
+def test_experts_that_are_summed_together_are_so_apart(dtype: torch.dtype, options: dict[str, int]) -> None:
+    """In groups of a few rows as well, and where an expert has sums of its own before."""
+    counts, columns = [5, 0, 700, 1, 0, 33], 96
+    x = (inputs(sum(counts), columns) * 3).to(dtype).cuda()
+    apart = [Accumulator(columns, **options) for _ in counts]
+    together = [Accumulator(columns, **options) for _ in counts]
+    for one in (apart[2], together[2]):
+        one.update(x[:9])
+    bank = Bank(together)
+    for chunk in (1 << 24, 40 * columns):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lrq.calibration.bank.CHUNK", chunk)
+            bank.update(x, counts)
+        for one, part in zip(apart, x.split(counts), strict=True):
+            one.update(part)
+    for a, b in zip((one.result() for one in apart), (one.result() for one in together), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert a.count == b.count and a.amax == b.amax and torch.equal(a.histogram, b.histogram)
+            torch.testing.assert_close(a.mean, b.mean, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(a.second, b.second, rtol=1e-6, atol=0)
+            assert (a.gram is None) == (b.gram is None) and (a.gram is None or torch.equal(a.gram, b.gram))
+            assert (a.values is None) == (b.values is None) and (a.values is None or torch.equal(a.values, b.values))
