@@ -2,12 +2,14 @@
 
     python benchmarks/bench_budget.py [--json benchmarks/results/budget.json]
 
-Files are those of the default, learned rounding. Distances are those of bench_quality.py.
+Files are those of the default, learned rounding, made of bfloat16 checkpoints: what a layer that stays as it is takes
+16 bits for. Distances are those of bench_quality.py, to the models as they were trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import tempfile
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import lrq
 import real_models
@@ -53,22 +56,27 @@ def settings_of(source: Path, target: float) -> dict[str, dict[str, Any]]:
     return {"target_bits": {"target_bits": target}, "file order" if uniform is None else uniform: other}
 
 
+def save_halves(source: Path, target: Path) -> None:
+    """A checkpoint with its floats in bfloat16."""
+    halves = {name: t.bfloat16() if t.is_floating_point() else t for name, t in load_file(source).items()}
+    save_file(halves, target)
+
+
 def bench(samples: int) -> list[dict[str, object]]:
     encoder = real_models.MiniLM(real_models.english_sentences(512))
     sentences, digits = real_models.load_minilm(), real_models.load_digits()
     transformer = real_models.DigitsDiT(samples)
     embeddings, images = encoder.embed(sentences), transformer.sample(digits)
-    files = {
-        "minilm": (real_models.minilm_folder() / "model.safetensors", sentences),
-        "digits": (real_models.DIGITS, digits),
-    }
     rows: list[dict[str, object]] = []
-    for target in TARGETS:
-        for model, (source, original) in files.items():
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.safetensors" for name in ("minilm", "digits")}
+        save_halves(real_models.minilm_folder() / "model.safetensors", files["minilm"])
+        save_halves(real_models.DIGITS, files["digits"])
+        for target, (model, source) in itertools.product(TARGETS, files.items()):
+            original = sentences if model == "minilm" else digits
             for who, settings in settings_of(source, target).items():
-                with tempfile.TemporaryDirectory() as folder:
-                    summary = lrq.quantize(source, Path(folder) / "out.safetensors", **settings)
-                    state = real_models.load_converted(summary.output, original)
+                summary = lrq.quantize(source, Path(folder) / "out.safetensors", **settings)
+                state = real_models.load_converted(summary.output, original)
                 row: dict[str, object] = {"target": target, "model": model, "who": who, "bytes": summary.output_size}
                 if model == "minilm":
                     row["distance"] = encoder.distance(embeddings, state)
