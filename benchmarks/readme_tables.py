@@ -154,7 +154,7 @@ def budget_table() -> str:
     for target in dict.fromkeys(row["target"] for row in rows):
         found = {(row["model"], row["who"] == "target_bits"): row for row in rows if row["target"] == target}
         other = found["minilm", False]["who"]
-        cells = [f"{found[model, ours][key]:.4f}" for model, key in measures.items() for ours in (True, False)]
+        cells = [f"{found[model, ours][key]:#.3g}" for model, key in measures.items() for ours in (True, False)]
         lines.append(f"| {target:g} | {FORMATS.get(other, other)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
