@@ -6,13 +6,20 @@ import torch
 from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
-_HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
+_HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
 """Whether torch multiplies 16 bits into float32."""
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU, for bfloat16."""
 
 
 def has_wide_product(x: Tensor) -> bool:
-    """Whether :func:`wide_product` takes matrices as ``x``: of 16 bits, on a GPU."""
-    return _HAS_WIDE_PRODUCTS and x.is_cuda and x.dtype in HALVES
+    """Whether :func:`wide_product` takes matrices as ``x``: of 16 bits, on a GPU that can."""
+    if not (_HAS_WIDE_PRODUCTS and x.is_cuda and x.dtype in HALVES):
+        return False
+    # With these sums torch refuses.
+    if x.dtype == torch.float16 and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= LEAST_CAPABILITY
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:

@@ -92,8 +92,7 @@ class Accumulator:
             _ = torch.maximum(total, one, out=total) if name == "amax" else total.add_(one)
 
     def _sums_of(self, x: Tensor) -> dict[str, Tensor]:
-        # 16 bits where their products are fast.
-        x = x if has_wide_product(x) else x.float()
+        x = working(x)
         if x.is_cuda:
             sums = {"first": x.sum(0, dtype=torch.float32), "second": norm(x, 2, 0).square()}
             sums["amax"] = norm(x, math.inf)
@@ -116,7 +115,7 @@ class Accumulator:
 
     def add_products(self, x: Tensor) -> None:
         """Count inputs [n,K] on a GPU, and add what is not in the places that were given."""
-        self.add(Sums(len(x), self._products_of(x if has_wide_product(x) else x.float())))
+        self.add(Sums(len(x), self._products_of(working(x))))
 
     def _omega(self, device: torch.device) -> Tensor:
         return _test_matrix(self.columns, min(self._rank + OVERSAMPLING, self.columns), device)
@@ -144,6 +143,11 @@ class Accumulator:
         return replace(diagonal, vectors=vectors, values=values)
 
 
+def working(x: Tensor) -> Tensor:
+    """16 bits where their products are fast, else float32."""
+    return x if has_wide_product(x) else x.float()
+
+
 def norm(x: Tensor, order: float, dim: int | None = None) -> Tensor:
     """Float32, in one pass over numbers of any dtype."""
     return torch.linalg.vector_norm(x, order, dim, dtype=torch.float32)
@@ -159,7 +163,7 @@ def _test_matrix(columns: int, width: int, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return _test_matrix(columns, width, torch.device("cpu")).to(device)
     generator = torch.Generator().manual_seed(columns)
-    return torch.linalg.qr(torch.randn(columns, width, generator=generator))[0].bfloat16()
+    return torch.linalg.qr(torch.randn(columns, width, generator=generator, dtype=torch.float32))[0].bfloat16()
 
 
 def _sketch(x: Tensor, omega: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lrq.calibration.accumulator import CHUNK, Accumulator, norm
-from lrq.calibration.inputs import SLOTS, magnitude_slots
+from lrq.calibration.accumulator import CHUNK, Accumulator, norm, working
+from lrq.calibration.inputs import SLOTS, counts_of, magnitude_slots
 
 
 class Bank:
@@ -27,12 +27,16 @@ class Bank:
             return
         if not self._totals:
             self._begin(rows.device)
+        rows = rows.to(self._totals["amax"].device)
         with torch.autocast(rows.device.type, enabled=False):
             for first, last, part in self._groups(rows, counts):
-                self._add(slice(first, last), part, counts[first:last])
+                if len(part) * part.shape[1] > CHUNK:
+                    self._accumulators[last - 1].update(part)
+                else:
+                    self._add(slice(first, last), working(part), counts[first:last])
 
     def _groups(self, rows: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, int, Tensor]]:
-        """Neighbouring accumulators and their rows, about a chunk at a time."""
+        """Neighbouring accumulators and their rows, a chunk at most; of more the rows are the last one's alone."""
         first = begin = size = 0
         for number, count in enumerate(counts):
             if size and (size + count) * rows.shape[1] > CHUNK:
@@ -70,8 +74,7 @@ class Bank:
             lengths, output_size=len(x)
         )
         places = magnitude_slots(x).int().add_(SLOTS * own[:, None])
-        bins = SLOTS * len(counts)
-        totals["histogram"] += torch.histc(places, bins, 0, bins).view(-1, SLOTS)
+        totals["histogram"] += counts_of(places, SLOTS * len(counts)).view(-1, SLOTS)
         for accumulator, part in zip(self._accumulators[which], x.split(list(counts)), strict=True):
             if len(part):
                 accumulator.add_products(part)

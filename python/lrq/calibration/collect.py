@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
@@ -105,11 +106,11 @@ class Collector:
             raise InputError("the collector runs already; leave its with statement first")
         once = {id(module): name for name, module in reversed(self._modules.items())}
         self._hooks = [
-            self._modules[name].register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            self._modules[name].register_forward_pre_hook(uncompiled(self._hook(name)), with_kwargs=True)
             for name in reversed(once.values())
         ]
         self._hooks += [
-            route.experts.module.register_forward_pre_hook(self._expert_hook(route), with_kwargs=True)
+            route.experts.module.register_forward_pre_hook(uncompiled(self._expert_hook(route)), with_kwargs=True)
             for route in self._routes
         ]
         return self
@@ -120,7 +121,8 @@ class Collector:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._recent.forget()
+        with self._lock:
+            self._recent.forget()
 
     def _hook(self, name: str) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -272,6 +274,12 @@ def collect(model: nn.Module, layers: Choice = None, **options: Any) -> Collecto
         InputError: no such layer, or a bad regular expression.
     """
     return Collector(model, layers, **options)
+
+
+def uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """The hook, out of the reach of ``torch.compile``, which may put sums that are equal into one tensor."""
+    # Without that module nothing is compiled yet, and it takes a second to import.
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 def _test_of(layers: Choice) -> Callable[[str], bool]:

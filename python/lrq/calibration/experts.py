@@ -6,7 +6,7 @@ numbers [T,k] of the experts that each token goes to. Expert e computes ``down_p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lrq.calibration.accumulator import OVERSAMPLING
+from lrq.calibration.accumulator import CHUNK, OVERSAMPLING
 from lrq.calibration.naming import DOWN, GATE, GATE_UP, UP, expert_layers, fused_layers
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SUMS_LIMIT = 8 << 30
 """Bytes that the second moments of all experts may take while they are summed."""
+GROUP = 4 * CHUNK
+"""Elements that are gathered at once, more only where they go to one expert."""
 FEWEST = 32
 """Eigenpairs; fewer are not kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """Rows [T,H] of a call, and the number of a row for every place of an expert, one expert's after the other's."""
+
+    rows: Tensor
+    order: Tensor
+    counts: list[int]
+    """How many rows go to each expert."""
+
+    def groups(self) -> Iterator[tuple[Tensor, list[int]]]:
+        """The rows [n,H] in their places, and how many of them go to each expert: some of the experts at a time."""
+        most, begin, size = max(1, GROUP // self.rows.shape[1]), 0, 0
+        counts = [0] * len(self.counts)
+        for expert, count in enumerate(self.counts):
+            if size and size + count > most:
+                yield self.rows[self.order[begin : begin + size]], counts
+                begin, size, counts = begin + size, 0, [0] * len(self.counts)
+            counts[expert], size = count, size + count
+        if size:
+            yield self.rows[self.order[begin : begin + size]], counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +76,8 @@ class Experts:
         """Names of the layers of all experts together, which are those of the parameters."""
         return fused_layers(self.gated)
 
-    def routed(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None
-    ) -> tuple[Tensor, list[int]] | None:
-        """The rows [n,H] that go to experts in one call, one expert's after the other's, and how many each gets.
+    def routed(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> Routed | None:
+        """The rows that go to experts in one call.
 
         Args:
             args, kwargs: of the call.
@@ -77,7 +99,7 @@ class Experts:
         order = numbered.argsort(stable=True) // chosen.shape[1]
         # One wait for the device for all experts.
         counts = torch.bincount(numbered, minlength=self.count + 1).tolist()[: self.count]
-        return rows[order[: sum(counts)]], counts
+        return Routed(rows, order, counts)
 
     def inputs_of_second(self, expert: int, x: Tensor) -> Tensor | None:
         """What flows into ``down_proj`` [t,I] for rows [t,H]; None while the weights are elsewhere (offloaded)."""
@@ -138,23 +160,22 @@ class Route:
 
         The inputs are as of :meth:`Experts.routed`, and None where they can't be computed.
         """
-        found = self.experts.routed(args, kwargs, mask)
-        if found is None:
-            return
-        parts = found[0].split(found[1])
-        for owners in (self.first, self.second):
-            numbers = sorted(owners)
-            counts = [len(parts[expert]) for expert in numbers]
-            if not any(counts):
-                continue
-            rows: Tensor | None = found[0]
-            if owners is self.second:
-                inner = [self.experts.inputs_of_second(one, parts[one]) for one in numbers if len(parts[one])]
-                known = [one for one in inner if one is not None]
-                rows = torch.cat(known) if len(known) == len(inner) else None
-            elif len(numbers) < len(parts):
-                rows = torch.cat([parts[expert] for expert in numbers])
-            yield tuple(owners[expert] for expert in numbers), rows, counts
+        routed = self.experts.routed(args, kwargs, mask)
+        for rows, counts in () if routed is None else routed.groups():
+            parts = rows.split(counts)
+            for owners in (self.first, self.second):
+                numbers = sorted(owners)
+                own = [counts[expert] for expert in numbers]
+                if any(own):
+                    found = self._second(parts) if owners is self.second else rows
+                    if owners is self.first and len(numbers) < len(parts):
+                        found = torch.cat([parts[expert] for expert in numbers])
+                    yield tuple(owners[expert] for expert in numbers), found, own
+
+    def _second(self, parts: Sequence[Tensor]) -> Tensor | None:
+        each = [self.experts.inputs_of_second(one, parts[one]) for one in sorted(self.second) if len(parts[one])]
+        known = [one for one in each if one is not None]
+        return torch.cat(known) if len(known) == len(each) else None
 
 
 def find_experts(model: nn.Module) -> tuple[dict[str, Experts], dict[str, str]]:

@@ -70,9 +70,15 @@ def magnitude_bins(x: Tensor) -> Tensor:
 
 def magnitude_counts(x: Tensor) -> Tensor:
     """The same over all octaves of float32, [SLOTS], int64 or int32."""
-    slots = magnitude_slots(x).flatten()
-    # Unlike bincount, this does not wait for the GPU.
-    return torch.histc(slots.int(), SLOTS, 0, SLOTS) if slots.is_cuda else torch.bincount(slots, minlength=SLOTS)
+    return counts_of(magnitude_slots(x), SLOTS)
+
+
+def counts_of(numbers: Tensor, bins: int) -> Tensor:
+    """How often each of ``bins`` numbers occurs, int64 or int32 [bins]."""
+    if numbers.is_cuda and not torch.are_deterministic_algorithms_enabled():
+        # Unlike bincount this does not wait for the GPU. Of integers it is deterministic, too, but does not say so.
+        return torch.histc(numbers.int(), bins, 0, bins)
+    return torch.bincount(numbers.flatten(), minlength=bins)
 
 
 def magnitude_slots(x: Tensor) -> Tensor:

@@ -165,7 +165,8 @@ def test_what_reaches_the_second_layer_gives_the_output(kind: type[nn.Module]) -
     with torch.no_grad():
         routed = experts.routed((x, model.index, model.shares), {}, None)
         assert routed is not None
-        for expert, rows in enumerate(routed[0].split(routed[1])):
+        ((every, counts),) = routed.groups()
+        for expert, rows in enumerate(every.split(counts)):
             tokens, slots = (model.index == expert).nonzero(as_tuple=True)
             assert torch.equal(rows, x[tokens])
             weight = module.down_proj[expert]
