@@ -20,7 +20,7 @@ from lrq.calibration.naming import DOWN, GATE, GATE_UP, UP, expert_layers, fused
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SUMS_LIMIT = 8 << 30
 """Bytes that the second moments of all experts may take while they are summed."""
-GROUP = 4 * CHUNK
+GROUP = CHUNK
 """Elements that are gathered at once, more only where they go to one expert."""
 FEWEST = 32
 """Eigenpairs; fewer are not kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from checkpoints import normal
 from lrq.calibration import collect
 from lrq.calibration.accumulator import Accumulator
 from lrq.calibration.bank import Bank
+from lrq.calibration.collect import uncompiled
+from lrq.calibration.experts import Routed
 from measured import inputs
 
 
@@ -141,3 +144,75 @@ def test_experts_that_are_summed_together_are_so_apart(dtype: torch.dtype, optio
             torch.testing.assert_close(a.second, b.second, rtol=1e-6, atol=0)
             assert (a.gram is None) == (b.gram is None) and (a.gram is None or torch.equal(a.gram, b.gram))
             assert (a.values is None) == (b.values is None) and (a.values is None or torch.equal(a.values, b.values))
+
+
+def test_a_standing_buffer_is_another_batch_every_time() -> None:
+    """Filled without a word to its version, as numpy and collectives do."""
+    room = np.zeros((10, 16), dtype=np.float32)
+    x, model = torch.from_numpy(room), nn.Sequential(nn.Linear(16, 4))
+    batches = [inputs(10, 16, seed=i) for i in range(3)]
+    with torch.no_grad(), collect(model) as collector:
+        for batch in batches:
+            room[:] = batch.numpy()
+            model(x)
+    torch.testing.assert_close(collector.stats()["0"].mean, torch.cat(batches).double().mean(0), rtol=1e-14, atol=1e-14)
+
+
+def test_learned_inputs_stay_free_to_be_swapped() -> None:
+    latents = nn.Parameter(inputs(10, 16))
+    with torch.no_grad(), collect(nn.Sequential(layer := nn.Linear(16, 4))):
+        layer(latents)
+        torch.utils.swap_tensors(latents, nn.Parameter(inputs(10, 16)))
+
+
+def test_compiled_models_have_the_same_statistics() -> None:
+    """The first call is compiled while it is watched."""
+    model, batches = Both(lambda x: x), [inputs(10, 16, seed=i) for i in range(3)]
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad(), collect(model) as collector:
+        for x in batches:
+            compiled(x)
+    exact = torch.cat(batches).double()
+    for name in ("q", "k"):
+        one = collector.stats()[name]
+        assert one.count == 30
+        torch.testing.assert_close(one.second, exact.square().mean(0), rtol=1e-13, atol=0)
+
+
+def test_compilers_don_t_see_the_hooks() -> None:
+    """What they make of sums that are equal may be one tensor, to which every layer adds."""
+    seen: list[bool] = []
+    hook = uncompiled(lambda *args: seen.append(torch.compiler.is_compiling()))
+    (layer := nn.Linear(16, 4)).register_forward_pre_hook(hook)
+    torch.compile(nn.Sequential(layer), backend="eager")(inputs(10, 16))
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_experts_are_gathered_in_groups(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr("lrq.calibration.experts.GROUP", 8 * 7)
+    rows = normal(20, 8).to(dtype)
+    order, counts = torch.randperm(20), [3, 0, 4, 12, 1, 0]
+    groups = list(Routed(rows, order, counts).groups())
+    assert [each for _, each in groups] == [[3, 0, 4, 0, 0, 0], [0, 0, 0, 12, 0, 0], [0, 0, 0, 0, 1, 0]]
+    assert torch.equal(torch.cat([part for part, _ in groups]), rows[order])
+
+
+@pytest.mark.gpu
+def test_what_torch_refuses_on_a_gpu_is_not_asked_of_it() -> None:
+    """Sums of float16, and histograms where algorithms must say that they are deterministic."""
+    x, stats = inputs(300, 64).half().cuda(), []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cuda.matmul.allow_fp16_accumulation = deterministic
+        try:
+            one = Accumulator(64)
+            one.update(x)
+            Bank([bank := Accumulator(64), Accumulator(64)]).update(x.double(), [200, 100])
+            stats.append((one.result(), bank.result()))
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    for a, b in zip(*stats, strict=True):
+        assert a is not None and b is not None and torch.equal(a.histogram, b.histogram)
+        torch.testing.assert_close(a.second, b.second, rtol=1e-6, atol=0)
