@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,13 @@ def has_wide_product(x: Tensor) -> bool:
     # With these sums torch refuses.
     if x.dtype == torch.float16 and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False):
         return False
-    return torch.cuda.get_device_capability(x.device) >= LEAST_CAPABILITY
+    return _capability(x.device) >= LEAST_CAPABILITY
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    # Asking takes longer than a launch.
+    return torch.cuda.get_device_capability(device)
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lrq.calibration.accumulator import CHUNK, Accumulator, Sums
+from lrq.calibration.accumulator import Accumulator, Sums, chunk_of
 
 
 class Recent:
@@ -40,7 +40,7 @@ class Recent:
         self.forget()
         made = accumulator.sums_of(x.to(device), None if mask is None else mask.to(device))
         # Of more than a chunk they would take more memory than they save time.
-        if not about or x.numel() > CHUNK:
+        if not about or x.numel() > chunk_of(x):
             return made
         self._tensors, self._about = tuple(map(weakref.ref, given)), about
         self._sums, self._served = list(made), [accumulator]
