@@ -33,22 +33,17 @@ inline int64_t most_parts(int64_t batch) { return std::max<int64_t>(kMostParts /
 template <class T, Way kWay, bool kParts>
 __global__ void __launch_bounds__(kAmaxThreads, 2)
     amax_kernel(Matrix x, Divisor across, uint32_t vectors, float* most) {
-    // In this order: the kernel that follows may then read `x` before it awaits the end of this one.
-    await_end_of_predecessor();
-    admit_successor();
+    await_predecessor();
     const int64_t matrix = batch_index();
     if (matrix >= x.batch) return;
     const T* const source = static_cast<const T*>(x.data) + matrix * x.batch_stride;
     constexpr uint32_t kShare = kAmaxThreads * kAmaxVectors<T>;
-    // Where an index costs nothing all threads of the matrix take neighbours: no block has more to do than another.
-    const uint32_t apart = kWay == Way::kFlat ? gridDim.x * kAmaxThreads : kAmaxThreads;
-    const uint32_t start = blockIdx.x * (kWay == Way::kFlat ? kAmaxThreads : kShare);
     uint32_t largest = 0;
-    for (uint32_t first = start; first < vectors; first += gridDim.x * kShare) {
+    for (uint32_t first = blockIdx.x * kShare; first < vectors; first += gridDim.x * kShare) {
         Vector<T> held[kAmaxVectors<T>];
 #pragma unroll
         for (int j = 0; j < kAmaxVectors<T>; ++j) {
-            const uint32_t index = first + j * apart + threadIdx.x;
+            const uint32_t index = first + j * kAmaxThreads + threadIdx.x;
             const Spot spot = spot_of<kWay>(index, across, x.row_stride, x.columns);
             if (index < vectors) held[j] = load_vector<kWay != Way::kAny>(source + spot.offset, spot.left);
         }

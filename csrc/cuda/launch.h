@@ -33,24 +33,13 @@ class DeviceGuard {
     bool selected_ = false;
 };
 
-// The kernel after this one on the stream may begin (CUDA Programming Guide, programmatic dependent launch).
-__device__ __forceinline__ void admit_successor() {
+// Every kernel starts with it: the one before it on the stream need not have ended when it begins (CUDA Programming
+// Guide, programmatic dependent launch). What comes after sees all that the one before has written.
+__device__ __forceinline__ void await_predecessor() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// The one before it need not have ended when a kernel begins. What comes after this sees all that it has written.
-__device__ __forceinline__ void await_end_of_predecessor() {
-#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-}
-
-// How a kernel starts.
-__device__ __forceinline__ void await_predecessor() {
-    admit_successor();
-    await_end_of_predecessor();
 }
 
 // Each thread block pays for beginning early; many short ones lose more by it than the launch gains.

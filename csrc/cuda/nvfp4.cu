@@ -79,28 +79,21 @@ __device__ __noinline__ uint3 search_rarely(const Block16<BFloat16> block, float
     return make_uint3(codes.x, codes.y, scale);
 }
 
-// `kRows`: of a thread; `kGiven`: the tensor's scale is given, else an amax kernel has just run.
-template <class T, bool kSearch, bool kWhole, int kRows, bool kGiven>
+// `kRows`: of a thread.
+template <class T, bool kSearch, bool kWhole, int kRows>
 __global__ void __launch_bounds__(kSpanThreads, kSearch               ? 4
                                                 : kRows == kRowsOf<T> ? 7
                                                                       : kFewResident)
     quantize_kernel(Layout layout, Divisor spans, Found found, float coherence) {
-    admit_successor();
-    // Weights were there before the kernel that found the amax admitted this one.
-    if constexpr (kGiven) await_end_of_predecessor();
+    await_predecessor();
     __shared__ uint4 staged[kSpanTiles][kRows];
     const int64_t matrix = blockIdx.y;
     // Backwards: the end of the matrix is what the pass over amax left in the L2 cache.
     const Span<kRows> span(layout, spans, gridDim.x - 1 - blockIdx.x, threadIdx.x / kWarpSize);
     Block16<T> blocks[kRows];
     span.template load<kWhole>(layout, matrix, blocks);
-    float outer;
-    if constexpr (kGiven) {
-        outer = layout.given_scale[matrix * layout.given_stride];
-    } else {
-        await_end_of_predecessor();
-        outer = nvfp4::scale_of_amax(found.of(matrix));
-    }
+    const float outer =
+        layout.given_scale ? layout.given_scale[matrix * layout.given_stride] : nvfp4::scale_of_amax(found.of(matrix));
     if (blockIdx.x == 0 && threadIdx.x == 0) layout.tensor_scale[matrix] = outer;
     const Quotient by_outer(outer, 0.0f);
     span.store(layout, matrix, blocks, staged, [&](const Block16<T>& block, uint32_t& scale) {
@@ -234,16 +227,10 @@ struct Call {
     }
 };
 
-template <class T, bool kSearch, bool kWhole, int kRows>
-void quantize_aligned(const Call& call) {
-    call.launch(call.layout.given_scale ? quantize_kernel<T, kSearch, kWhole, kRows, true>
-                                        : quantize_kernel<T, kSearch, kWhole, kRows, false>,
-                call.parts(kRows), kSpanThreads);
-}
-
 template <class T, bool kSearch, int kRows>
 void quantize(const Call& call) {
-    call.whole ? quantize_aligned<T, kSearch, true, kRows>(call) : quantize_aligned<T, kSearch, false, kRows>(call);
+    call.launch(call.whole ? quantize_kernel<T, kSearch, true, kRows> : quantize_kernel<T, kSearch, false, kRows>,
+                call.parts(kRows), kSpanThreads);
 }
 
 template <bool kWhole>
@@ -312,7 +299,7 @@ std::string refusal(int device_index) {
     if (status == cudaSuccess && device_index < count) {
         const DeviceGuard guard(device_index, "refusal");
         cudaFuncAttributes attributes;
-        status = cudaFuncGetAttributes(&attributes, quantize_kernel<float, false, true, 2, true>);
+        status = cudaFuncGetAttributes(&attributes, quantize_kernel<float, false, true, 2>);
     }
     // The next call must not find this error.
     cudaGetLastError();

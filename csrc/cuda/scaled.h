@@ -98,16 +98,13 @@ struct Whole {
 // there.
 template <class Codec, class T, Way kWay>
 __global__ void __launch_bounds__(kScaledThreads, kScaledBlocks) matrix_kernel(Whole layout, Found found) {
-    admit_successor();
-    const float* const given = layout.of.given;
-    // Weights were there before the kernel that found the amax admitted this one.
-    if (given) await_end_of_predecessor();
+    await_predecessor();
     const int64_t matrix = batch_index();
     if (matrix >= layout.of.x.batch) return;
+    const float* const given = layout.of.given;
     const uint32_t share = given ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     Share<T> held;
     layout.load<kWay>(matrix, share, held);
-    if (!given) await_end_of_predecessor();
     const float scale = given ? given[matrix * layout.of.given_stride] : Codec::scale(found.of(matrix), true);
     if (blockIdx.x == 0 && threadIdx.x == 0) layout.of.scales[matrix] = scale;
     if (given)

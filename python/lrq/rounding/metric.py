@@ -46,8 +46,8 @@ class Metric:
 
     def project(self, error: Tensor) -> Tensor:
         """``U'EV``."""
-        inner = error @ self.right
-        return inner if self.left is None else self.left.mT @ inner
+        inner = torch.bmm(error, self.right)
+        return inner if self.left is None else torch.bmm(self.left.mT, inner)
 
     def project_block(self, error: Tensor, columns: slice) -> Tensor:
         """The part of ``U'EV`` that an error [B,N,columns] contributes."""
@@ -56,8 +56,8 @@ class Metric:
 
     def gradient(self, projected: Tensor) -> Tensor:
         """``UPV'`` of P = U'EV: half the gradient of |U'EV|^2."""
-        outer = projected if self.left is None else self.left @ projected
-        return outer @ self.right.mT
+        outer = projected if self.left is None else torch.bmm(self.left, projected)
+        return torch.bmm(outer, self.right.mT)
 
     def curvature(self) -> tuple[Tensor | None, Tensor]:
         """diag(UU') [B,N], None where U is the identity, and diag(VV') [B,K], float32."""
