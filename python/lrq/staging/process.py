@@ -13,6 +13,7 @@ from lrq.calibration.inputs import BINS, InputStats
 from lrq.config import Rounding
 from lrq.repair.bias import output_error
 from lrq.rounding.solve import quantize_layer
+from lrq.staging.naming import naming
 from lrq.staging.tiles import Tile
 
 _THRESHOLD = -3
@@ -30,14 +31,17 @@ def warm_up(tiles: Iterable[Tile], rounding: Rounding, device: torch.device) -> 
     narrowest = {(tile.layer.format, len(tile.shape), tile.layer.rounding(rounding)): tile for tile in wide_first}
     for (fmt, _, own), tile in narrowest.items():
         rows = min(tile.shape[-2], max(_FEW_ROWS, fmt.tile_rows))
-        few = torch.zeros(*[1] * (len(tile.shape) - 2), rows, _columns(tile), device=device)
-        if fmt.refusal(tuple(few.shape)) is None:
-            # Of gptq there is nothing to load: it is products and a factorization.
-            quantize_layer(fmt, few, replace(own, optimizer=None) if own.optimizer == "gptq" else own, 0)
-    measured = [_columns(tile) for tile in wide_first if tile.layer.statistics_size]
+        # A GPU whose memory others take may have too little even for that.
+        with naming(tile):
+            few = torch.zeros(*[1] * (len(tile.shape) - 2), rows, _columns(tile), device=device)
+            if fmt.refusal(tuple(few.shape)) is None:
+                # Of gptq there is nothing to load: it is products and a factorization.
+                quantize_layer(fmt, few, replace(own, optimizer=None) if own.optimizer == "gptq" else own, 0)
+    measured = [tile for tile in wide_first if tile.layer.statistics_size]
     if measured:
-        few = torch.zeros(_FEW_ROWS, measured[-1], device=device)
-        output_error(few, few, few, _no_inputs(measured[-1]))
+        with naming(measured[-1]):
+            few = torch.zeros(_FEW_ROWS, _columns(measured[-1]), device=device)
+            output_error(few, few, few, _no_inputs(_columns(measured[-1])))
 
 
 def _no_inputs(columns: int) -> InputStats:

@@ -188,6 +188,19 @@ def test_out_of_memory_names_the_layer_its_need_and_what_helps(tmp_path, source,
     assert "needs about 12.6 MB" in str(caught.value) and flag in str(caught.value) and "--simple" in str(caught.value)
 
 
+def test_memory_short_before_the_first_layer_is_one_line_too(tmp_path, source, monkeypatch):
+    """As on a GPU whose memory others take."""
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr("lrq.staging.process.quantize_layer", fails)
+    result = run("convert", "-i", source, "-o", tmp_path / "out.safetensors", "--nvfp4", "--simple")
+    assert result.exit_code != 0 and "Traceback" not in result.output
+    assert re.search(r"layer \S+ \[.*\]: out of memory of the GPU; it needs about", result.output), result.output
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_memory_short_while_reading_names_the_layer_too(tmp_path, source, monkeypatch):
     def fail(place, size):
         raise torch.OutOfMemoryError("CUDA out of memory")
