@@ -31,6 +31,7 @@ from lrq.selection.resolve import resolve
 from lrq.staging.memory import MemoryPlan, plan_memory
 from lrq.staging.process import peak
 from lrq_kernels._version import __version__
+from lrq_kernels.dispatch import forced_backend
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ def quantize(
                 f"{printable(str(old[0]))}: removed, the output was in {counted(len(old), 'other file')} before"
             )
         said += _larger(layout, execution)
+        if memory.plain and forced_backend() is None:
+            said.append("no kernels: PyTorch did it all, many times slower; lrq backends says why there are none")
         used = MemoryUse(memory.host, peak(), memory.vram, _peak_vram(chosen))
         return Summary(layout.target, layers, plan.kept, plan.refused, said, reader.size, layout.size, used, budget)
 

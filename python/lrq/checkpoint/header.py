@@ -42,6 +42,8 @@ FOREIGN = {
     b"PK\x03\x04": "a PyTorch or zip archive; save its tensors as safetensors first",
     b"\x80\x02": "a Python pickle, which can run code; save its tensors as safetensors first",
     b"GGUF": "a GGUF file; convert the high-precision safetensors original",
+    b"version ": "a pointer of Git LFS; fetch the file itself (git lfs pull)",
+    b"<": "HTML or XML, as a page that says why a download failed; fetch the file itself",
     b"{": "JSON; of an index of shards, name the shards it lists",
 }
 """What a file is by its first bytes, if the four after them are not all 0, as they are in a length below 2^32."""

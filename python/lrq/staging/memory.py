@@ -16,6 +16,7 @@ from lrq.execution import Execution
 from lrq.selection.layer import Layer
 from lrq.staging.process import peak, resident, warm_up
 from lrq.staging.tiles import Tile, cut, smallest, whole
+from lrq_kernels import dispatch
 
 PIECE = 1 << 23
 """Bytes that are read, copied to or from a GPU, or written at a time."""
@@ -62,6 +63,8 @@ class MemoryPlan:
     vram: int
     """Predicted peak of the GPU's memory; 0 on the CPU."""
     vram_limit: int | None = None
+    plain: bool = False
+    """Whether there are no kernels, and PyTorch does everything."""
 
 
 def plan_memory(
@@ -79,6 +82,7 @@ def plan_memory(
     on_gpu = device.type == "cuda"
     threads = 0 if execution.low_memory else min(_MOST_THREADS, max(2, os.cpu_count() or 1))
     buffers = PIECE * max(1, 2 * threads) if on_gpu else PIECE * max(1, threads)
+    plain = has_no_kernels(device)
     warm_up([whole(layer) for layer in layers], rounding, device)
     learned = any(not layer.rounding(rounding).simple for layer in layers)
     libraries = LIBRARIES if on_gpu else LEARNING_LIBRARIES if learned else 0
@@ -87,9 +91,9 @@ def plan_memory(
         raise InputError(f"--max_ram: the process takes {megabytes(base)} without any layer; raise it to that")
     room = _room(device, execution, 0 if on_gpu else base)
     if room is not None:
-        _check_fits(layers, rounding, room)
+        _check_fits(layers, rounding, room, plain)
     limit = None if room is None else room.left
-    tiles = {layer.name: _tiles(layer, rounding, limit, on_gpu) for layer in layers}
+    tiles = {layer.name: _tiles(layer, rounding, limit, on_gpu, plain) for layer in layers}
     flat = [tile for some in tiles.values() for tile in some]
     largest = max((tile.held() for tile in flat), default=0)
     work = max((tile.work(rounding) for tile in flat), default=0)
@@ -103,9 +107,14 @@ def plan_memory(
     device_bytes = max(held, largest) + work
     host = max(base + (0 if on_gpu else device_bytes), peak())
     if not on_gpu:
-        return MemoryPlan(tiles, held, work, workers, threads, host, 0)
+        return MemoryPlan(tiles, held, work, workers, threads, host, 0, plain=plain)
     vram = device_bytes + workers * VRAM_SLACK
-    return MemoryPlan(tiles, held, work, workers, threads, host, vram, room.limit if room else None)
+    return MemoryPlan(tiles, held, work, workers, threads, host, vram, room.limit if room else None, plain)
+
+
+def has_no_kernels(device: torch.device) -> bool:
+    """Whether PyTorch alone computes there."""
+    return dispatch.choose("amax", (torch.zeros(1, 16, device=device),)) == "reference"
 
 
 def _workers(device: torch.device, alone: int, each: int, limit: int | None) -> int:
@@ -135,8 +144,9 @@ def _room(device: torch.device, execution: Execution, base: int) -> _Room | None
     return None if limit is None else _Room("--max_ram", limit, limit - base)
 
 
-def _check_fits(layers: Sequence[Layer], rounding: Rounding, room: _Room) -> None:
-    least = max((smallest(layer, rounding) for layer in layers), key=lambda tile: tile.need(rounding), default=None)
+def _check_fits(layers: Sequence[Layer], rounding: Rounding, room: _Room, plain: bool) -> None:
+    each = (smallest(layer, rounding, plain) for layer in layers)
+    least = max(each, key=lambda tile: tile.need(rounding), default=None)
     if least is None or least.need(rounding) <= room.left:
         return
     need, layer = least.need(rounding), least.layer
@@ -148,13 +158,13 @@ def _check_fits(layers: Sequence[Layer], rounding: Rounding, room: _Room) -> Non
     )
 
 
-def _tiles(layer: Layer, rounding: Rounding, limit: int | None, on_gpu: bool) -> tuple[Tile, ...]:
-    one = whole(layer)
+def _tiles(layer: Layer, rounding: Rounding, limit: int | None, on_gpu: bool, plain: bool) -> tuple[Tile, ...]:
+    one = whole(layer, plain)
     independent = layer.format.matrix_scale is None or len(layer.source.shape) == 3
     wanted = one.need(rounding) if on_gpu or not independent else CPU_TILE
     if limit is not None:
         wanted = min(wanted, limit // 2 if independent else limit)
-    return (one,) if one.need(rounding) <= wanted else tuple(cut(layer, rounding, wanted))
+    return (one,) if one.need(rounding) <= wanted else tuple(cut(layer, rounding, wanted, plain))
 
 
 def megabytes(count: int) -> str:

@@ -26,6 +26,9 @@ EIGENVECTORS = 8
 """Bytes of an element of the smaller side's Gram matrix, for its eigenvectors."""
 SECOND_MOMENTS = 40
 """Bytes of an element of E[xx'], while it is factored in float64."""
+PLAIN, PLAIN_SEARCH, PLAIN_LEARNING = 16, 26, 44
+"""Bytes more of a weight where no kernel computes but PyTorch, step by step: without a search of scales, with one,
+and learned."""
 TRIED = 24 << 20
 """Bytes of the blocks whose scales are tried at a time."""
 WIDE, WIDE_ROW = 1 << 16, 40
@@ -41,6 +44,8 @@ class Tile:
     layer: Layer
     begin: int
     end: int
+    plain: bool = False
+    """Whether PyTorch computes it without kernels."""
 
     @property
     def shape(self) -> Shape:
@@ -92,7 +97,11 @@ class Tile:
         absorbing = ABSORBING * math.prod(self.shape) if statistics else 0
         rows, columns = math.prod(self.shape[:-1]), self.shape[-1]
         widened += WIDE_ROW * max(0, columns - WIDE) * min(rows, torch.get_num_threads())
-        return widened + statistics + max(absorbing, self._rounding_work(self.layer.rounding(rounding))) + SMALL
+        own = self.layer.rounding(rounding)
+        if self.plain:
+            simple = PLAIN_SEARCH if self.layer.format.has_scale_search else PLAIN
+            widened += (simple if own.simple else PLAIN_LEARNING) * math.prod(self.shape)
+        return widened + statistics + max(absorbing, self._rounding_work(own)) + SMALL
 
     def _rounding_work(self, own: Rounding) -> int:
         (rows, columns), weights = self.shape[-2:], math.prod(self.shape)
@@ -113,24 +122,24 @@ def _stored_size(fmt: Format, shape: Shape) -> int:
     return sum(tensor_size(CODES[dtype], stored) for dtype, stored in fmt.layout(shape).values())
 
 
-def whole(layer: Layer) -> Tile:
+def whole(layer: Layer, plain: bool = False) -> Tile:
     """The layer in one piece."""
-    return Tile(layer, 0, layer.source.shape[0])
+    return Tile(layer, 0, layer.source.shape[0], plain)
 
 
-def smallest(layer: Layer, rounding: Rounding) -> Tile:
+def smallest(layer: Layer, rounding: Rounding, plain: bool = False) -> Tile:
     """The least that can be computed by itself."""
     step = _step(layer, rounding)
-    return Tile(layer, 0, min(step, layer.source.shape[0]))
+    return Tile(layer, 0, min(step, layer.source.shape[0]), plain)
 
 
-def cut(layer: Layer, rounding: Rounding, limit: int) -> Iterator[Tile]:
+def cut(layer: Layer, rounding: Rounding, limit: int, plain: bool = False) -> Iterator[Tile]:
     """Tiles of at most ``limit`` bytes, held and worked on; of the smallest if those are larger."""
     step, rows = _step(layer, rounding), layer.source.shape[0]
-    one = smallest(layer, rounding)
+    one = smallest(layer, rounding, plain)
     fitting = max(1, (limit - SMALL) // max(1, one.need(rounding) - SMALL)) * step
     for begin in range(0, rows, fitting):
-        yield Tile(layer, begin, min(begin + fitting, rows))
+        yield Tile(layer, begin, min(begin + fitting, rows), plain)
 
 
 def _step(layer: Layer, rounding: Rounding) -> int:

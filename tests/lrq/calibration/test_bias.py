@@ -118,7 +118,7 @@ def test_a_layer_in_tiles_has_its_bias_in_parts(tmp_path: Path, monkeypatch: pyt
     convert(source, tmp_path / "whole.safetensors", *FLAGS[name], "--calib", stats)
     cuts: list[int] = []
 
-    def in_parts(layer: Layer, rounding: Rounding, limit: int | None, on_gpu: bool) -> tuple[Tile, ...]:
+    def in_parts(layer: Layer, rounding: Rounding, limit: int | None, on_gpu: bool, plain: bool) -> tuple[Tile, ...]:
         tiles = tuple(cut(layer, rounding, 1))
         cuts.append(len(tiles))
         return tiles

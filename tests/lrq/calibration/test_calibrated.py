@@ -171,7 +171,7 @@ def test_parts_of_a_layer_have_its_bytes(tmp_path: Path, monkeypatch, name: str,
     learned(source, tmp_path / "whole.safetensors", *flags)
     cuts: list[int] = []
 
-    def in_parts(layer: Layer, rounding: Rounding, limit: int | None, on_gpu: bool) -> tuple[Tile, ...]:
+    def in_parts(layer: Layer, rounding: Rounding, limit: int | None, on_gpu: bool, plain: bool) -> tuple[Tile, ...]:
         tiles = tuple(cut(layer, rounding, 1))
         cuts.append(len(tiles))
         return tiles

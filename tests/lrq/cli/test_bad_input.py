@@ -54,6 +54,11 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "the file is empty"),
     "zip": (lambda: b"PK\x03\x04\x00\x00\x08\x08" + bytes(99), "a PyTorch or zip archive"),
     "pickle": (lambda: b"\x80\x02\x8a\nl\xfc\x9cF" + bytes(999), "a Python pickle, which can run code"),
+    "pointer": (
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n",
+        "a pointer of Git LFS",
+    ),
+    "page": (lambda: b"<!DOCTYPE html>\n<html><body>404</body></html>", "HTML or XML"),
     "GGUF": (lambda: b"GGUF\x03\x00\x00\x00" + bytes(99), "a GGUF file"),
     "index": (lambda: b'{"metadata": {}}', "name the shards it lists"),
     "text": (lambda: b"just some text\n" * 20, "not a safetensors file"),

@@ -61,6 +61,17 @@ def test_the_peak_is_as_predicted(tmp_path, source, flags, over):
     assert measured <= predicted <= over * measured
 
 
+@pytest.mark.parametrize("flags", [("--nvfp4",), ("--int8",), ("--int8", "--scaling_mode", "row", "--convrot")])
+def test_without_kernels_the_peak_is_as_predicted_too(tmp_path, source, monkeypatch, flags):
+    """PyTorch holds what a kernel has in registers."""
+    monkeypatch.setenv("LRQ_BACKEND", "reference")
+    measured, predicted = peaks(source, tmp_path / "out.safetensors", *flags, "--simple")
+    assert measured <= predicted
+    if flags == ("--nvfp4",):
+        bound = measured - 50
+        assert peaks(source, tmp_path / "b.safetensors", *flags, "--simple", "--max_ram", f"{bound}MB")[0] <= bound
+
+
 @pytest.mark.parametrize("fmt", ["--nvfp4", "--mxfp8"])
 def test_a_bound_is_kept_and_changes_no_byte(tmp_path, source, fmt):
     free = peaks(source, tmp_path / "free.safetensors", fmt, "--simple")

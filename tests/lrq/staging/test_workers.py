@@ -137,6 +137,7 @@ def test_only_a_gpu_that_learns_has_two(source, monkeypatch, settings, execution
         layers = make_plan(reader, Conversion.from_settings({"preset": ["none"]})).layers
     monkeypatch.setattr(memory, "_workers", lambda *_: 2)
     monkeypatch.setattr(memory, "warm_up", lambda *_: None)
+    monkeypatch.setattr(memory, "has_no_kernels", lambda *_: False)
     for kind in ("cpu", "cuda"):
         plan = memory.plan_memory(layers, Rounding(**settings), torch.device(kind), Execution(**execution))
         assert plan.workers == (2 if kind == "cuda" and not settings and not execution else 1)
