@@ -131,7 +131,9 @@ class Accumulator:
         sums = {name: total.cpu() for name, total in self._totals.items()}
         if not all(torch.isfinite(total).all() for total in sums.values() if total.is_floating_point()):
             raise ValueError("an input is NaN or infinite")
-        mean, second = sums["first"] / self.count, sums["second"] / self.count
+        mean = sums["first"] / self.count
+        # Of inputs that are nearly constant, rounding may leave less.
+        second = torch.maximum(sums["second"] / self.count, mean.square())
         diagonal = InputStats(self.count, mean, second, sums["amax"].item(), in_range(sums["histogram"]))
         if "gram" in sums:
             gram = sums["gram"] / self.count

@@ -31,8 +31,8 @@ __all__ = ["Accumulator", "InputStats", "StatsFile", "load_stats", "merge", "mer
 
 VERSION = "1"
 """Of the layout, under ``lrq_stats``."""
-SLACK = 1e-5
-"""What float32 sums may add to a squared mean, relative to the second moment."""
+SLACK = 1e-6
+"""What rounding may add to a squared mean, relative to the second moment."""
 ROUGH = 0.05
 """What rounding may add to a second moment, relative to the largest input's square."""
 MEASURED, SIMULATED = "measured", "simulated"

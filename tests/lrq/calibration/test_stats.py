@@ -216,3 +216,14 @@ def test_a_negative_second_moment_is_of_no_inputs(tmp_path: Path, optimizer: str
     result = run("convert", "-i", source, "-o", tmp_path / "o", *flags)
     (line,) = result.stderr.splitlines()
     assert result.exit_code == 2 and "negative eigenvalue" in line
+
+
+def test_sums_that_lose_digits_contradict_nothing(tmp_path: Path) -> None:
+    """As float32 does on a GPU, to an input that is always the same."""
+    accumulator = Accumulator(2)
+    accumulator.update(torch.tensor([[3.0, 0.5]]).expand(100, 2))
+    accumulator._totals["second"] *= 1 - 1e-5
+    stats = accumulator.result()
+    assert stats is not None and (stats.second >= stats.mean.square()).all()
+    save_stats(tmp_path / "stats.safetensors", {"a": stats}, "measured")
+    assert load_stats(tmp_path / "stats.safetensors")["a"].count == 100
