@@ -11,7 +11,7 @@ import inspect
 import os
 import threading
 from collections.abc import Callable
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,8 @@ _kernels: dict[tuple[str, str], Kernel] = {}
 _missing: dict[str, str] = {}
 _loaded: set[str] = set()
 _loading = threading.RLock()
-_forced: ContextVar[str | None] = ContextVar("lrq_backend", default=None)
+_forced: ContextVar[tuple[str, ...]] = ContextVar("lrq_backend", default=())
+"""Of the blocks that were entered, the innermost last."""
 
 
 def accepts_all(*_: Any) -> None:
@@ -108,7 +109,7 @@ def forced_backend() -> str | None:
     Raises:
         BackendError: there is none of this name.
     """
-    forced = _forced.get() or os.environ.get("LRQ_BACKEND") or None
+    forced = next(reversed(_forced.get()), None) or os.environ.get("LRQ_BACKEND") or None
     if forced is not None and forced not in BACKENDS:
         raise BackendError(f"LRQ_BACKEND={forced}: no such backend; choose one of {', '.join(BACKENDS)}")
     return forced
@@ -207,17 +208,16 @@ def use_backend(backend: str) -> contextlib.AbstractContextManager[None]:
 
 
 class _Forcing(contextlib.ContextDecorator):
-    """May be entered again, within itself as well."""
+    """May be entered again, within itself and by other threads as well."""
 
     def __init__(self, backend: str) -> None:
         self._backend = backend
-        self._tokens: list[Token[str | None]] = []
 
     def __enter__(self) -> None:
-        self._tokens.append(_forced.set(self._backend))
+        _forced.set((*_forced.get(), self._backend))
 
     def __exit__(self, *_: object) -> None:
-        _forced.reset(self._tokens.pop())
+        _forced.set(_forced.get()[:-1])
 
 
 def explain(operation: str, *args: Any, **kwargs: Any) -> dict[str, str]:

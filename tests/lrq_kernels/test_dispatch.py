@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import subprocess
 import sys
@@ -114,3 +115,14 @@ def test_forcing_can_be_entered_again() -> None:
         with forcing, lrq_kernels.use_backend("cuda"), forcing:
             assert dispatch.forced_backend() == "reference"
         assert dispatch.forced_backend() is None
+
+
+def test_threads_may_share_one_forced_block() -> None:
+    """As they do where it decorates a function: who enters first may leave first."""
+    forcing, threads = lrq_kernels.use_backend("reference"), [contextvars.copy_context() for _ in range(2)]
+    for thread in threads:
+        thread.run(forcing.__enter__)
+        assert thread.run(dispatch.forced_backend) == "reference"
+    for thread in threads:
+        thread.run(forcing.__exit__, None, None, None)
+        assert thread.run(dispatch.forced_backend) is None
