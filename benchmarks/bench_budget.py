@@ -2,8 +2,7 @@
 
     python benchmarks/bench_budget.py [--json benchmarks/results/budget.json]
 
-Files are those of the default, learned rounding, made of bfloat16 checkpoints: what a layer that stays as it is takes
-16 bits for. Distances are those of bench_quality.py, to the models as they were trained.
+Files are those of the default, learned rounding. Distances are those of bench_quality.py.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 import lrq
 import real_models
@@ -56,22 +54,14 @@ def settings_of(source: Path, target: float) -> dict[str, dict[str, Any]]:
     return {"target_bits": {"target_bits": target}, "file order" if uniform is None else uniform: other}
 
 
-def save_halves(source: Path, target: Path) -> None:
-    """A checkpoint with its floats in bfloat16."""
-    halves = {name: t.bfloat16() if t.is_floating_point() else t for name, t in load_file(source).items()}
-    save_file(halves, target)
-
-
 def bench(samples: int) -> list[dict[str, object]]:
     encoder = real_models.MiniLM(real_models.english_sentences(512))
     sentences, digits = real_models.load_minilm(), real_models.load_digits()
     transformer = real_models.DigitsDiT(samples)
     embeddings, images = encoder.embed(sentences), transformer.sample(digits)
+    files = {"minilm": real_models.minilm_folder() / "model.safetensors", "digits": real_models.DIGITS}
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder) / f"{name}.safetensors" for name in ("minilm", "digits")}
-        save_halves(real_models.minilm_folder() / "model.safetensors", files["minilm"])
-        save_halves(real_models.DIGITS, files["digits"])
         for target, (model, source) in itertools.product(TARGETS, files.items()):
             original = sentences if model == "minilm" else digits
             for who, settings in settings_of(source, target).items():

@@ -14,12 +14,13 @@ from lrq.calibration.inputs import InputStats
 from lrq.checkpoint.reader import Reader
 from lrq.config import Conversion
 from lrq.errors import InputError, counted, printable
-from lrq.formats import FORMATS, Format
+from lrq.formats import FORMATS, Format, bfloat16
 from lrq.models.policy import SUFFIX
 from lrq.plan import make_plan
 from lrq.repair.bias import output_error
 from lrq.selection.budget import CANDIDATES, SOURCE, Point, allocate, least_bits, stored_bits, weight_of_error
-from lrq.selection.heuristics import PART, out_of_line, relative_error, widen
+from lrq.selection.evenness import evenness
+from lrq.selection.heuristics import PART, nearest, out_of_line, relative_error, widen
 from lrq.selection.inputs import Inputs
 from lrq.selection.layer import Layer
 from lrq.selection.storage import spec_of
@@ -38,7 +39,7 @@ class Budget:
     bits: float
     """Of a weight, of those it decides on, without markers."""
     error: float
-    """Percent that remains of |Ŵ − W|/|W|, or of that of the outputs, as a root mean square over all outputs."""
+    """Percent, as a root mean square over all outputs: projected, or that of statistics of the inputs."""
     curve: list[tuple[float, float]]
     """Bits and error of other targets, from the least to the source's own."""
 
@@ -49,15 +50,19 @@ def measures(conversion: Conversion) -> bool:
     return selection.heur or selection.max_error is not None or selection.target_bits is not None
 
 
-def check_memory(layers: Sequence[Layer], by_outputs: bool, limit: int | None) -> None:
-    """Raise :class:`InputError` where a layer that is measured, which is read whole, leaves the bound of the memory."""
+def check_memory(layers: Sequence[Layer], limit: int | None, more: Callable[[Layer], int] = lambda layer: 0) -> None:
+    """Raise :class:`InputError` where a layer that is measured, which is read whole, leaves the bound of the memory.
+
+    Args:
+        more: bytes that measuring the layer takes beyond the parts that are rounded.
+    """
     return_large_blocks()
     if limit is None or not layers:
         return
 
     def need(layer: Layer) -> int:
         weights = math.prod(layer.source.shape)
-        return layer.source.size + 32 * min(weights, PART) + (8 * weights + 2 * layer.statistics_size) * by_outputs
+        return layer.source.size + 32 * min(weights, PART) + more(layer)
 
     layer = max(layers, key=need)
     most = resident() + SLACK + need(layer)
@@ -67,6 +72,14 @@ def check_memory(layers: Sequence[Layer], by_outputs: bool, limit: int | None) -
             f"allow; raise it to {megabytes(most + SPREAD)}, or leave --heur, --max_error and "
             "--target_bits away"
         )
+
+
+def _of_evenness(layer: Layer) -> int:
+    return 4 * min(layer.source.shape[-2:]) ** 2
+
+
+def _of_outputs(layer: Layer) -> int:
+    return 8 * math.prod(layer.source.shape) + 2 * layer.statistics_size
 
 
 def measure_layers(
@@ -87,7 +100,7 @@ def measure_layers(
     plan = make_plan(source, conversion, allow_empty=selection.target_bits is not None)
     formats = {layer.name: layer.format for layer in plan.layers if not layer.asked}
     if selection.heur or selection.max_error is not None:
-        check_memory([layer for layer in plan.layers if layer.name in formats], False, limit)
+        check_memory([layer for layer in plan.layers if layer.name in formats], limit)
 
     def read(name: str) -> Tensor:
         return source.read(f"{name}{SUFFIX}").to(device)
@@ -113,7 +126,8 @@ def measure_layers(
                 "all; leave the target away, or some of the rules"
             )
         if free:
-            check_memory([layer for layer, _ in free.values()], wide.inputs.stats is not None, limit)
+            more = _of_evenness if wide.inputs.stats is None else _of_outputs
+            check_memory([layer for layer, _ in free.values()], limit, more)
             bought, budget = _spend(conversion, free, fixed, read, wide.inputs)
             changed |= bought
     decided = {**(selection.layers or {}), **changed}
@@ -132,12 +146,12 @@ def _free_layers(narrow: list[Layer], wide: list[Layer]) -> dict[str, tuple[Laye
     return {layer.name: (layer, CANDIDATES if layer.name in small else CANDIDATES[1:]) for layer in free}
 
 
-def _error(fmt: Format, w: Tensor, stats: InputStats | None) -> float:
-    """|Ŵ − W|/|W| of round-to-nearest, or of its outputs where statistics of the inputs are known."""
+def _error(fmt: Format | None, w: Tensor, stats: InputStats | None) -> float:
+    """|Ŵ − W|/|W| of round-to-nearest, or of its outputs where statistics of the inputs are known; None: bfloat16."""
     if stats is None:
         return relative_error(fmt, w)
     single = w.float()
-    stored = fmt.dequantize(fmt.quantize(single, None), tuple(w.shape))
+    stored = nearest(fmt, single)
     return output_error(single, stored, stored, stats).before
 
 
@@ -153,11 +167,11 @@ def _spend(
     points: dict[str, list[Point]] = {}
     for name, (layer, formats) in free.items():
         shape, w, stats = layer.source.shape, read(name), inputs.read(layer)
-        points[name] = [
-            Point(fmt.name, stored_bits(fmt, shape), weight_of_error(shape) * _error(fmt, w, stats) ** 2)
-            for fmt in formats
-            if fmt.refusal(shape) is None
-        ]
+        counts = weight_of_error(shape) * (evenness(w) if stats is None else 1.0)
+        sizes = {fmt: stored_bits(fmt, shape) for fmt in formats if fmt.refusal(shape) is None}
+        points[name] = [Point(fmt.name, bits, counts * _error(fmt, w, stats) ** 2) for fmt, bits in sizes.items()]
+        if layer.source.dtype in bfloat16.WIDER:
+            points[name].append(Point(bfloat16.NAME, 16 * math.prod(shape), counts * _error(None, w, stats) ** 2))
         points[name].append(Point(SOURCE, 8 * layer.source.size, 0.0))
     taken = sum(stored_bits(layer.format, layer.source.shape) for layer in fixed)
     shapes = [layer.source.shape for layer in (*fixed, *(layer for layer, _ in free.values()))]
@@ -178,6 +192,8 @@ def _spend(
 def _rule(layer: Layer, chosen: Point) -> dict[str, Any]:
     if chosen.name == SOURCE:
         return {"skip": True}
+    if chosen.name == bfloat16.NAME:
+        return {"format": bfloat16.NAME}
     return spec_of(FORMATS[chosen.name], layer.full_precision, layer.simple)
 
 

@@ -14,7 +14,7 @@ from lrq.checkpoint.reader import CODES, Reader
 from lrq.config import Conversion
 from lrq.dialects import comfyui
 from lrq.errors import InputError, counted, first_duplicate, listed, printable
-from lrq.formats import Shape
+from lrq.formats import Shape, bfloat16
 from lrq.models.lora import lora_factors
 from lrq.models.policy import FLOAT_DTYPES, SUFFIX
 from lrq.models.preset import Preset
@@ -45,8 +45,10 @@ class Plan:
     """Reason by tensor, for weights that stay as they are though they look like linear layers, and all the others."""
     refused: dict[str, str]
     """Reason by tensor, for weights whose shape the format can't take."""
+    bfloat16: dict[str, str]
+    """Reason by tensor, for weights that are not quantized, but stored in bfloat16."""
     copied: tuple[Entry, ...]
-    """Source tensors that are copied byte for byte."""
+    """Source tensors that are copied: those of :attr:`bfloat16` rounded, all others byte for byte."""
     dropped: tuple[Entry, ...]
     """Source tensors that are left out."""
     why_dropped: dict[str, str]
@@ -130,7 +132,7 @@ def _refuse_lora(source: Reader) -> None:
 def nothing_to_quantize(source: Reader, made: Plan | Decisions, conversion: Conversion) -> InputError:
     """The error of a checkpoint that no conversion can be made of: how many matrices stay, and why."""
     matrices = [e.name for e in source.header.entries if e.name.endswith(SUFFIX) and len(e.shape) >= 2]
-    why = {**made.kept, **made.refused}
+    why = {**made.kept, **made.refused, **made.bfloat16}
     # Reasons that differ in nothing but numbers are one.
     alike: dict[str, list[str]] = {}
     for name in matrices:
@@ -173,7 +175,8 @@ def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...],
             dropped.append(entry)
         else:
             copied.append(entry)
-            tensors.append((entry.name, entry.dtype, entry.shape))
+            dtype = bfloat16.CODE if entry.name in decisions.bfloat16 else entry.dtype
+            tensors.append((entry.name, dtype, entry.shape))
     if len({tensor[0] for tensor in tensors}) != len(tensors):
         twice = printable(first_duplicate(name for name, _, _ in tensors))
         raise InputError(f"{source.path}: tensor {twice} stands in the way of a quantized layer")
@@ -186,6 +189,7 @@ def _assemble(source: Reader, conversion: Conversion, layers: tuple[Layer, ...],
         layers,
         decisions.kept,
         decisions.refused,
+        decisions.bfloat16,
         tuple(copied),
         tuple(dropped),
         {entry.name: why_dropped[entry.name] for entry in dropped},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from lrq.config import Conversion
 from lrq.dialects import comfyui
 from lrq.errors import InputError, UnfinishedError, counted, printable
 from lrq.execution import Execution
+from lrq.formats import bfloat16
 from lrq.measure import Budget, measure_layers, measures
 from lrq.pipeline import LayerResult, OnLayer, run_plan
 from lrq.plan import Plan, make_plan
@@ -54,6 +56,8 @@ class Summary:
     """Reason by tensor, for tensors that stay as they are by policy."""
     refused: dict[str, str]
     """Reason by tensor, for weights whose shape the format can't take."""
+    bfloat16: dict[str, str]
+    """Reason by tensor, for weights that are not quantized, but stored in bfloat16."""
     notices: list[str]
     """One line each on what a user should know."""
     source_size: int
@@ -61,6 +65,11 @@ class Summary:
     memory: MemoryUse
     budget: Budget | None = None
     """What --target_bits bought."""
+
+    @property
+    def formats(self) -> Counter[str]:
+        """Layers by format, those in bfloat16 as well."""
+        return Counter(layer.format for layer in self.layers) + Counter({bfloat16.NAME: len(self.bfloat16)})
 
 
 def quantize(
@@ -141,7 +150,8 @@ def quantize(
         if memory.plain and forced_backend() is None:
             said.append("no kernels: PyTorch did it all, many times slower; lrq backends says why there are none")
         used = MemoryUse(memory.host, peak(), memory.vram, _peak_vram(chosen))
-        return Summary(layout.target, layers, plan.kept, plan.refused, said, reader.size, layout.size, used, budget)
+        stay = plan.kept, plan.refused, plan.bfloat16
+        return Summary(layout.target, layers, *stay, said, reader.size, layout.size, used, budget)
 
 
 def _larger(layout: Layout, execution: Execution) -> list[str]:

@@ -64,6 +64,16 @@ def test_digits_others_are_better_for_the_median_sample(name: str, transformer, 
     assert model.distances(reference, ours).median() < model.distances(reference, nearest).median()
 
 
+def test_a_mixture_of_minilm_is_nearer_than_the_uniform_file_of_that_size(encoder, tmp_path: Path) -> None:
+    model, reference, original, source = encoder
+    distances, sizes = [], []
+    for settings in ({"target_bits": 8.25}, {"mxfp8": True}):
+        summary = lrq.quantize(source, tmp_path / "out.safetensors", simple=True, **settings)
+        sizes.append(summary.output_size)
+        distances.append(model.distance(reference, real_models.load_converted(summary.output, original)))
+    assert distances[0] <= 0.9 * distances[1] and sizes[0] <= sizes[1]
+
+
 def test_digits_samples_are_digits(transformer) -> None:
     """The sampler is right: its images use the whole range of the training data, and classes differ."""
     _, samples, _, _ = transformer

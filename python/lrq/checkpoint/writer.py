@@ -167,6 +167,10 @@ class Writer:
         except OSError as error:
             raise UnfinishedError(f"{self.layout.target}: can't be written: {error.strerror}") from None
 
+    def dtype_of(self, name: str) -> str:
+        """The dtype in which a tensor is stored, as headers name it."""
+        return self._places[name][1].dtype
+
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Store a whole tensor; its dtype and shape must be those of the header."""
         _, entry = self._places[name]

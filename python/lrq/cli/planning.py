@@ -32,6 +32,7 @@ from lrq.config import Conversion
 from lrq.errors import InputError, printable
 from lrq.estimate import Estimate, estimate
 from lrq.execution import Execution
+from lrq.formats import bfloat16
 from lrq.measure import Budget, measure_layers, measures
 from lrq.models.patterns import skeleton
 from lrq.models.policy import NOT_A_WEIGHT
@@ -224,9 +225,11 @@ def _rows(plan: Plan, verbose: bool) -> list[tuple[str, str, str, str, int]]:
         why = layer.why + (" full_precision_matrix_mult" if layer.full_precision else "")
         rows[_kind(layer.name, verbose), layer.format.name, _shape(layer.source.shape), why.strip()] += 1
     for entry in plan.copied:
-        why = plan.refused.get(entry.name) or plan.kept.get(entry.name, "")
+        halved = plan.bfloat16.get(entry.name)
+        why = halved or plan.refused.get(entry.name) or plan.kept.get(entry.name, "")
         if why != NOT_A_WEIGHT:
-            rows[_kind(entry.name, verbose), entry.dtype, _shape(entry.shape), why] += 1
+            becomes = entry.dtype if halved is None else bfloat16.NAME
+            rows[_kind(entry.name, verbose), becomes, _shape(entry.shape), why] += 1
     for entry in plan.dropped:
         rows[_kind(entry.name, verbose), "left out", _shape(entry.shape), plan.why_dropped[entry.name]] += 1
     return [(*row, count) for row, count in rows.items()]
@@ -250,8 +253,8 @@ def _print_layers(plan: Plan, verbose: bool) -> None:
 
 def _say_totals(source: Reader, plan: Plan, layout: Layout, needs: Estimate) -> None:
     quantized_bits, bits = planned.bits_per_weight(plan)
-    formats = Counter(layer.format.name for layer in plan.layers)
-    what = ", ".join(f"{count} layers to {name}" for name, count in formats.items()) or "no layer quantized"
+    formats = planned.formats(plan).items() if plan.layers else ()
+    what = ", ".join(f"{count} layers to {name}" for name, count in formats) or "no layer quantized"
     weights = sum(math.prod(layer.source.shape) for layer in plan.layers)
     click.echo(f"{what}; {weights} weights, {quantized_bits:.2f} bits each with their scales; {bits:.2f} of all")
     shards = "" if layout.index is None else f"; {len(layout.files)} files and an index of {len(layout.index)} bytes"

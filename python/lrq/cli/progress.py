@@ -102,6 +102,8 @@ class Progress:
         if self.verbose:
             for name, reason in sorted({**plan.kept, **plan.refused}.items()):
                 self._say(f"keep  {printable(name)}: {reason}")
+            for name, reason in sorted(plan.bfloat16.items()):
+                self._say(f"bfloat16  {printable(name)}: {reason}")
 
     def on_layer(self, layer: LayerResult) -> None:
         """Advance the bar; with ``verbose`` say how the layer went."""
@@ -124,9 +126,8 @@ class Progress:
             self._say(f"notice: {notice}")
         if summary.budget is not None:
             self._say(budget_line(summary.budget))
-        formats = Counter(layer.format for layer in summary.layers)
         kept = Counter(reason for reason in summary.kept.values() if reason != NOT_A_WEIGHT)
-        what = ", ".join(f"{counted(count, 'layer')} to {name}" for name, count in formats.items())
+        what = ", ".join(f"{counted(count, 'layer')} to {name}" for name, count in summary.formats.items())
         why = ", ".join(f"{reason} ({count})" for reason, count in kept.most_common())
         self._say(f"{what}; kept as they are: {why}" if why else what)
         saved = f"{sized(summary.source_size)} -> {sized(summary.output_size)}"

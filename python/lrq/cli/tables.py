@@ -109,7 +109,8 @@ def print_verification(result: Verification, path: Path, as_json: bool) -> None:
             for layer in result.layers
         ]
         document: dict[str, Any] = {"file": str(path), "ok": result.ok, "failures": result.failures}
-        document |= {"unchanged_tensors": result.unchanged, "total": _finite(result.total), "layers": layers}
+        document |= {"unchanged_tensors": result.unchanged, "bfloat16_tensors": result.bfloat16}
+        document |= {"total": _finite(result.total), "layers": layers}
         click.echo(json.dumps(document, indent=2))
     else:
         _print_table(result)
@@ -151,7 +152,8 @@ def _print_table(result: Verification) -> None:
     terminal.print(table)
     if measured:
         click.echo(_LEGEND + (_LEGEND_OF_OUTPUTS if predicted else ""))
-        click.echo(f"{counted(result.unchanged, 'tensor')} unchanged")
+        rounded = f", {result.bfloat16} rounded to bfloat16" if result.bfloat16 else ""
+        click.echo(f"{counted(result.unchanged, 'tensor')} unchanged{rounded}")
 
 
 def print_backends(as_json: bool) -> None:

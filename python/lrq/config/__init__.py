@@ -280,10 +280,16 @@ class Conversion:
         if isinstance(settings.get("preset"), list):
             settings = {**settings, "preset": tuple(settings["preset"])}
         parts = {part: {k: v for k, v in settings.items() if k in names[part]} for part in names}
-        made = {part.__name__.lower(): part(**parts[part]) for part in PARTS}
+        made = {part.__name__.lower(): part(**_with_floats(part, parts[part])) for part in PARTS}
         conversion = cls(**made, **parts[cls])
         conversion.check()
         return conversion
+
+
+def _with_floats(part: type, values: dict[str, Any]) -> dict[str, Any]:
+    """10 is 10.0 where the field is a float: the same settings are the same bytes in the file."""
+    floats = {field.name for field in dataclasses.fields(part) if str(field.type).startswith("float")}
+    return {name: float(value) if name in floats and type(value) is int else value for name, value in values.items()}
 
 
 PARTS: tuple[type, ...] = (Storage, Rounding, Selection, Calibration)

@@ -19,6 +19,7 @@ from lrq.config import Conversion
 from lrq.dialects import comfyui
 from lrq.errors import InputError, RepeatedKeyError, listed, printable, unique_keys
 from lrq.estimate import Estimate
+from lrq.formats import bfloat16
 from lrq.measure import Budget
 from lrq.models.patterns import skeleton
 from lrq.models.policy import SUFFIX
@@ -43,6 +44,9 @@ def decisions(made: Plan | Decisions, entries: Mapping[str, Entry]) -> dict[str,
             known[kind] = {**spec_of(*kind[:3]), "_why": layer.why or DEFAULT_WHY}
         table[layer.name] = known[kind]
     for entry in entries.values():
+        if entry.name in made.bfloat16:
+            spec = {"format": bfloat16.NAME, "_why": made.bfloat16[entry.name]}
+            table[entry.name.removesuffix(SUFFIX)] = spec
         why = made.refused.get(entry.name) or made.kept.get(entry.name)
         if why and entry.name.endswith(SUFFIX) and len(entry.shape) in (2, 3) and not _never(why, entry.dtype):
             table[entry.name.removesuffix(SUFFIX)] = {"skip": True, "_why": why}
@@ -57,11 +61,17 @@ def bits_per_weight(plan: Plan) -> tuple[float, float]:
     """Bits of an element: of the quantized layers with their scales, and of the whole model."""
     weights = sum(math.prod(layer.source.shape) for layer in plan.layers)
     biases = [f"{layer.name}.{comfyui.BIAS}" for layer in plan.layers if layer.corrects is not None]
-    known = {entry.name: entry for entry in plan.header.entries} if biases else {}
-    as_they_are = [*plan.copied, *(known[name] for name in biases)]
+    known = {entry.name: entry for entry in plan.header.entries} if biases or plan.bfloat16 else {}
+    as_they_are = [*(known.get(e.name, e) for e in plan.copied), *(known[name] for name in biases)]
     stored = plan.header.data_size - sum(entry.size for entry in as_they_are)
     elements = weights + sum(entry.size * 8 // BITS[entry.dtype] for entry in as_they_are)
     return 8 * stored / max(weights, 1), 8 * plan.header.data_size / max(elements, 1)
+
+
+def formats(plan: Plan) -> Counter[str]:
+    """Layers by format, those in bfloat16 as well."""
+    found = Counter(layer.format.name for layer in plan.layers)
+    return found + Counter({bfloat16.NAME: len(plan.bfloat16)})
 
 
 def document(
@@ -74,7 +84,6 @@ def document(
 ) -> dict[str, Any]:
     """Everything that the plan says, for JSON."""
     quantized_bits, bits = bits_per_weight(plan)
-    formats = Counter(layer.format.name for layer in plan.layers)
     slow = slow_layers(plan)
     return {
         KIND: 1,
@@ -85,7 +94,7 @@ def document(
         **({} if layout.index is None else {"output_files": files(layout)}),
         "bits_per_weight": round(bits, 4),
         "bits_per_quantized_weight": round(quantized_bits, 4),
-        "formats": dict(formats),
+        "formats": dict(formats(plan)),
         "low_precision_matmul": {"layers": len(plan.layers) - len(slow), "of": len(plan.layers), "not": slow},
         "estimate": {
             "host_peak_bytes": needs.host_bytes,

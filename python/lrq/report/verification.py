@@ -20,9 +20,10 @@ from lrq.errors import InputError, printable
 from lrq.formats import Format, Shape, Tensors, read_format
 from lrq.models.policy import FLOAT_DTYPES
 from lrq.plan import Plan, make_plan, recorded, source_markers
-from lrq.report.calibrated import Changes, Expected, Predicted, Predictions, check_changes, recorded_changes
+from lrq.report.calibrated import Expected, Predicted, Predictions, check_changes, recorded_changes
 from lrq.report.error import GROUP, LayerError, measure
 from lrq.report.stored import check_dimensions, check_values, read_tensors, same_bytes, stored_shape
+from lrq.report.unquantized import Unquantized, compare, kept_metadata
 
 WORSE_THAN_NEAREST = 1.5
 """A layer with more than this times the error of round-to-nearest was not made from this source, or wrongly."""
@@ -54,6 +55,8 @@ class Verification:
     failures: list[str] = field(default_factory=list)
     unchanged: int = 0
     """Tensors that are byte for byte those of the source."""
+    bfloat16: int = 0
+    """Tensors that are those of the source, rounded to bfloat16."""
 
     @property
     def ok(self) -> bool:
@@ -113,10 +116,12 @@ def verify_file(
         on_layer(layer)
     result.failures += check_changes(output, source, changes, markers.keys())
     if source is not None:
-        result.failures += _kept_metadata(output, source)
-        quantized = {layer.name for layer in result.layers} | markers.keys()
-        dropped = frozenset(plan.why_dropped) if plan else frozenset()
-        result.failures += _compare(output, source, quantized, dropped, changes, result)
+        result.failures += kept_metadata(output, source)
+        rest = Unquantized({layer.name for layer in result.layers} | markers.keys(), frozenset(changes.tensors))
+        if plan is not None:
+            rest.dropped, rest.bfloat16 = frozenset(plan.why_dropped), frozenset(plan.bfloat16)
+        result.failures += compare(output, source, rest)
+        result.unchanged, result.bfloat16 = rest.unchanged, rest.rounded
     if not markers:
         result.failures.append("no layer is quantized: the file has no marker")
     return result
@@ -261,40 +266,3 @@ def _other_source(output: Reader, source: Reader) -> str | None:
     except (KeyError, ValueError, TypeError, RecursionError):
         return None
     return f"header: made from another source than {source.path}: from {name} of {size} bytes; compare with that one"
-
-
-def _kept_metadata(output: Reader, source: Reader) -> Iterator[str]:
-    for key, value in source.header.metadata.items():
-        if key not in (comfyui.METADATA, PROVENANCE) and output.header.metadata.get(key) != value:
-            yield f"header: the source's metadata {printable(key)} is missing or differs"
-
-
-def _compare(
-    output: Reader,
-    source: Reader,
-    quantized: set[str],
-    dropped: frozenset[str],
-    changes: Changes,
-    result: Verification,
-) -> Iterator[str]:
-    """Every tensor of the source must be there but for the dropped, unchanged unless quantized; nothing else may be."""
-    written = {f"{name}.{suffix}" for name in quantized for suffix in (*comfyui.STORED, comfyui.MARKER)}
-    changed = set(changes.tensors)
-    for entry in source.header.entries:
-        if entry.name in written and entry.dtype in FLOAT_DTYPES and entry.name.endswith(".weight"):
-            changed.add(entry.name)
-        mine, where = output.entries.get(entry.name), f"tensor {printable(entry.name)}"
-        if mine is None:
-            layer, _, suffix = entry.name.rpartition(".")
-            if entry.name not in dropped and (suffix not in comfyui.ACTIVATIONS or layer not in quantized):
-                yield f"{where}: is missing"
-        elif entry.name in changed:
-            continue
-        elif (mine.dtype, mine.shape) != (entry.dtype, entry.shape):
-            yield f"{where}: was {entry.dtype} {list(entry.shape)}, is {mine.dtype} {list(mine.shape)}"
-        elif any(a != b for a, b in zip(output.chunks(mine), source.chunks(entry), strict=True)):
-            yield f"{where}: its bytes differ from the source's"
-        else:
-            result.unchanged += 1
-    for name in output.entries.keys() - source.entries.keys() - written - changed:
-        yield f"tensor {printable(name)}: is not in the source and belongs to no quantized layer"

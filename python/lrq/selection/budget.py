@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lrq.formats import FORMATS, Format, Shape
+from lrq.formats import FORMATS, Format, Shape, bfloat16
 
 SOURCE = "source"
 """The name of the choice that leaves a layer as it is."""
 CANDIDATES = tuple(FORMATS[name] for name in ("nvfp4", "fp8", "mxfp8"))
-"""Formats to choose among, from small to large; the source's own comes on top."""
+"""Formats to choose among, from small to large; the source's own comes on top, below it bfloat16 if that is smaller."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,6 @@ def _steps(hulls: Mapping[str, Sequence[Point]]) -> list[tuple[str, Point, Point
 
 def _uniform(layers: Mapping[str, Sequence[Point]]) -> Iterator[dict[str, Point]]:
     named = {name: {point.name: point for point in points} for name, points in layers.items()}
-    for kind in (*(fmt.name for fmt in CANDIDATES), SOURCE):
+    for kind in (*(fmt.name for fmt in CANDIDATES), bfloat16.NAME, SOURCE):
         if all(kind in points for points in named.values()):
             yield {name: points[kind] for name, points in named.items()}

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 
 from lrq.checkpoint.header import Entry
 from lrq.config import Conversion, Storage
-from lrq.formats import Format, Shape
+from lrq.formats import Format, Shape, bfloat16
 from lrq.models.policy import OUTSIDE, QUANTIZE, SUFFIX, Policy, Verdict, quantized_modules
 from lrq.models.recognition import Part, assign, recognise
 from lrq.selection.heuristics import unsuitable
 from lrq.selection.layer import Layer
 from lrq.selection.policies import choose_policies
 from lrq.selection.rules import UserRules
-from lrq.selection.storage import Choice, choose_format, storage_of
+from lrq.selection.storage import Choice, choice_of, choose_format, storage_of
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Decisions:
     layers: list[Layer] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     """Reason by tensor, for those that stay as they are."""
+    bfloat16: dict[str, str] = field(default_factory=dict)
+    """Reason by tensor, for those that are stored in bfloat16."""
     refused: dict[str, str] = field(default_factory=dict)
     """Reason by tensor, for weights whose shape the format can't take."""
     dropped: dict[str, str] = field(default_factory=dict)
@@ -53,7 +55,7 @@ def decide(entries: Mapping[str, Entry], conversion: Conversion, where: str) -> 
     decisions = Decisions(shown, policies)
     rules = UserRules(conversion, entries)
     fallback = conversion.selection.fallback
-    judge = _Judge(conversion, rules, None if fallback is None else storage_of(fallback, "--fallback"))
+    judge = _Judge(conversion, rules, None if fallback is None else choice_of(fallback, "--fallback", ""))
     done = quantized_modules(entries)
     for part in parts:
         _decide_part(part, tensors[part.prefix], policies[part.prefix], judge, done, decisions)
@@ -88,7 +90,7 @@ def _decide_part(
 
 
 class _Judge:
-    def __init__(self, conversion: Conversion, rules: UserRules, fallback: Storage | None) -> None:
+    def __init__(self, conversion: Conversion, rules: UserRules, fallback: Choice | None) -> None:
         self.rules, self.fallback = rules, fallback
         self.heur = conversion.selection.heur
         self.default = rules.default or Choice(conversion.storage, "")
@@ -102,8 +104,14 @@ class _Judge:
         choice, why_not = (asked, "") if asked is not None else self._by_policy(verdict)
         if choice is not None and choice.storage is None and self.rules.excludes(choice):
             choice, why_not = self._fall_back(verdict, choice.why)
-        if choice is None or choice.storage is None:
+        if choice is None or choice.stays:
             decisions.kept[entry.name] = why_not if choice is None else choice.why
+            return
+        if choice.storage is None:
+            if entry.dtype in bfloat16.WIDER:
+                decisions.bfloat16[entry.name] = choice.why
+            else:
+                decisions.kept[entry.name] = f"{choice.why}: {entry.dtype} already"
             return
         fmt = self._format(choice.storage, entry.shape)
         if isinstance(fmt, str):
@@ -145,9 +153,13 @@ class _Judge:
         return self._of_presets[id(rule)], ""
 
     def _fall_back(self, verdict: Verdict, why: str) -> tuple[Choice | None, str]:
-        if self.fallback is None or verdict.formats is not None:
+        if self.fallback is None:
             return None, why
-        return Choice(self.fallback, f"--fallback: {why}"), ""
+        # Every loader reads an embedding in 16 bits; norms and tables keep what they have unless they are named.
+        plain = self.fallback.bfloat16 and verdict.formats != ()
+        if verdict.formats is not None and not plain:
+            return None, why
+        return replace(self.fallback, why=f"--fallback: {why}"), ""
 
 
 def _allowed(formats: tuple[str, ...]) -> str:

@@ -40,19 +40,27 @@ def unsuitable(fmt: Format, shape: Shape) -> str | None:
     return None if reason is None else f"no fast matmul: {reason}"
 
 
-def relative_error(fmt: Format, w: Tensor) -> float:
-    """|Ŵ − W| / |W| of round-to-nearest; 0 for a weight of zeros."""
+def relative_error(fmt: Format | None, w: Tensor) -> float:
+    """|Ŵ − W| / |W| of round-to-nearest, in bfloat16 where no format is given; 0 for a weight of zeros."""
     weight = error = 0.0
+    step = 1 if fmt is None else fmt.tile_rows
     for matrix in w if w.dim() == 3 else (w,):
-        rows = max(1, PART // matrix.shape[1] // fmt.tile_rows) * fmt.tile_rows
-        in_parts = rows < matrix.shape[0] and fmt.matrix_scale is not None
-        scale = fmt.scale_of_matrix(_largest(matrix)) if in_parts else None
+        rows = max(1, PART // matrix.shape[1] // step) * step
+        in_parts = fmt is not None and rows < matrix.shape[0] and fmt.matrix_scale is not None
+        scale = fmt.scale_of_matrix(_largest(matrix)) if fmt is not None and in_parts else None
         for part in matrix.split(rows):
             single = part.float()
-            stored = fmt.dequantize(fmt.quantize(single, None, scale), tuple(single.shape))
+            stored = nearest(fmt, single, scale)
             weight += torch.linalg.vector_norm(single).item() ** 2
             error += torch.linalg.vector_norm(stored - single).item() ** 2
     return math.sqrt(error / weight) if weight > 0 else 0.0
+
+
+def nearest(fmt: Format | None, w: Tensor, scale: Tensor | None = None) -> Tensor:
+    """What round-to-nearest stores of a float32 weight, float32; in bfloat16 where no format is given."""
+    if fmt is None:
+        return w.bfloat16().float()
+    return fmt.dequantize(fmt.quantize(w, None, scale), tuple(w.shape))
 
 
 def _largest(matrix: Tensor) -> Tensor:

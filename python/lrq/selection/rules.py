@@ -12,7 +12,7 @@ from lrq.errors import InputError, printable
 from lrq.models.policy import SUFFIX
 from lrq.selection.expression import Expression, Names
 from lrq.selection.layer_config import LayerRule, Table, read_rules
-from lrq.selection.storage import Choice, SpecError, read_spec, storage_of
+from lrq.selection.storage import Choice, SpecError, choice_of, read_spec
 
 EXCLUDED = "excluded by --exclude_layers"
 
@@ -54,8 +54,8 @@ class UserRules:
 
         add("--exclude_layers", selection.exclude_layers, self._excluded)
         if selection.custom_layers:
-            custom = storage_of(str(selection.custom_type), "--custom_type")
-            add("--custom_layers", selection.custom_layers, Choice(custom, "--custom_layers"))
+            custom = choice_of(str(selection.custom_type), "--custom_type", "--custom_layers")
+            add("--custom_layers", selection.custom_layers, custom)
         table = selection.layer_config or {}
         path, lines = (table.path, table.lines) if isinstance(table, Table) else ("", None)
         config, default = read_rules(table, storage, fullmatch, path, lines)
@@ -81,7 +81,7 @@ class UserRules:
             InputError: the layer is asked for by its name.
         """
         exact = self._exact.get(name)
-        if exact is not None and exact.storage is not None:
+        if exact is not None and not exact.stays:
             raise InputError(
                 f"layer {printable(name)} ({printable(exact.why)}): can't be quantized so: {printable(why)}; choose "
                 'another format, or {"skip": true} for it to stay as it is'
@@ -99,7 +99,7 @@ class UserRules:
             if any(name in self._judged and not self._fails(rule, name) for name in rule.names):
                 continue
             useless = sorted({self._useless[name] for name in rule.names if name in self._useless})
-            if useless and rule.choice.storage is None:
+            if useless and rule.choice.stays:
                 continue
             if useless:
                 raise InputError(
@@ -144,4 +144,4 @@ def _read_exact(name: str, spec: object, storage: Storage) -> Choice:
 
 
 def _alike(a: Choice, b: Choice) -> bool:
-    return (a.storage, a.simple) == (b.storage, b.simple)
+    return (a.storage, a.simple, a.bfloat16) == (b.storage, b.simple, b.bfloat16)

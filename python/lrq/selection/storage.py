@@ -9,7 +9,7 @@ from typing import Any
 
 from lrq.config import Storage
 from lrq.errors import InputError, printable
-from lrq.formats import Format, Shape
+from lrq.formats import Format, Shape, bfloat16
 from lrq.formats.fp8 import Fp8
 from lrq.formats.int8 import Int8
 from lrq.formats.mxfp8 import Mxfp8
@@ -59,10 +59,17 @@ class Choice:
     """What a rule makes of a layer."""
 
     storage: Storage | None
-    """None: it stays as it is."""
+    """None: it is not quantized."""
     why: str
     simple: bool | None = None
     """Round to nearest, or not; None: as the run does."""
+    bfloat16: bool = False
+    """Not quantized, but stored in 16 bits."""
+
+    @property
+    def stays(self) -> bool:
+        """Whether it stays as it is."""
+        return self.storage is None and not self.bfloat16
 
 
 def nearest(word: str, known: Any) -> str:
@@ -74,8 +81,15 @@ def nearest(word: str, known: Any) -> str:
 def storage_of(name: str, where: str) -> Storage:
     """The storage that a format's name stands for; raises :class:`InputError` naming the nearest."""
     if name not in NAMES:
-        raise InputError(f"{where}: no such format {printable(name)!r}; {nearest(name, NAMES)}")
+        raise InputError(f"{where}: no such format {printable(name)!r}; {nearest(name, (*NAMES, bfloat16.NAME))}")
     return Storage(**NAMES[name])
+
+
+def choice_of(name: str, where: str, why: str) -> Choice:
+    """What the value of a flag makes of a layer; raises :class:`InputError` naming the nearest."""
+    if name == bfloat16.NAME:
+        return Choice(None, why, bfloat16=True)
+    return Choice(storage_of(name, where), why)
 
 
 class SpecError(InputError):
@@ -105,6 +119,11 @@ def read_spec(spec: Any, base: Storage, why: str) -> Choice:
         if more:
             raise SpecError(more[0], f"{more[0]} has no meaning beside skip")
         return Choice(None, why)
+    if spec.get("format") == bfloat16.NAME:
+        more = sorted(spec.keys() - {"format", "skip"})
+        if more:
+            raise SpecError(more[0], f"{more[0]} has no meaning beside {bfloat16.NAME}")
+        return Choice(None, why, bfloat16=True)
     if not spec.keys() - {"skip"}:
         raise SpecError("", 'says nothing; give a format, or "skip": true')
     return Choice(_storage(spec, base), why, spec.get("simple"))

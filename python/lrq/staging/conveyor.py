@@ -16,6 +16,8 @@ from torch import Tensor
 from lrq.checkpoint.header import Entry
 from lrq.checkpoint.reader import Reader
 from lrq.checkpoint.writer import Writer
+from lrq.errors import InputError, printable
+from lrq.formats import bfloat16
 from lrq.staging.memory import PIECE, Budget, MemoryPlan, StoppedError
 from lrq.staging.naming import naming
 from lrq.staging.places import Place
@@ -26,6 +28,8 @@ _SMALL = 1 << 14
 _LEAST_BUDGET = 1 << 20
 _MOST_BEGUN = 1 << 10
 """Writes that are remembered before those that ended are forgotten."""
+
+_LEAVE = "leave it in the source's dtype"
 
 Step = Entry | tuple[Tile, str]
 """A tensor that is copied, or a tile and what it is read for."""
@@ -117,10 +121,24 @@ class Conveyor:
         return fill
 
     def _copy(self, entry: Entry) -> None:
+        halved = self._writer.dtype_of(entry.name) != entry.dtype
         for begin in range(0, entry.size, PIECE):
             size = min(PIECE, entry.size - begin)
-            drain = self._drain(entry.name, begin)
+            drain = self._halve(entry, begin) if halved else self._drain(entry.name, begin)
             self._remember(self._submit("_writers", self._place.through, size, self._fill(entry, begin, True), drain))
+
+    def _halve(self, entry: Entry, begin: int) -> Callable[[memoryview], None]:
+        """What writes a piece in bfloat16, ``begin`` counted in the source."""
+        dtype = bfloat16.WIDER[entry.dtype]
+
+        def drain(view: memoryview) -> None:
+            try:
+                half = bfloat16.round_in_place(torch.frombuffer(view, dtype=torch.uint8), dtype)
+            except ValueError as error:
+                raise InputError(f"{self._source.path}: {printable(entry.name)} {error}; {_LEAVE}") from None
+            self._writer.write_at(entry.name, begin * 2 // dtype.itemsize, half.numpy().data)
+
+        return drain
 
     def _drain(self, name: str, begin: int) -> Callable[[memoryview], None]:
         return lambda view: self._writer.write_at(name, begin, view)

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 
 import lrq
 from checkpoints import convert, load, normal, run, save, transformer
@@ -90,6 +91,18 @@ def test_the_plan_and_the_file_spend_the_budget(tmp_path, source, target, format
     assert lrq.verify(tmp_path / "a", source).ok
 
 
+@pytest.mark.parametrize(
+    "dtype, kept", [(torch.float32, "bfloat16"), (torch.float64, "bfloat16"), (torch.float16, "skip")]
+)
+def test_what_is_left_keeps_layers_in_16_bits(tmp_path, dtype, kept):
+    source = save(tmp_path / "in", {f"blocks.{i}.fc.weight": normal(128, 128, seed=i).to(dtype) for i in range(4)})
+    said = json.loads(run("plan", source, "--target_bits", 10, "--json").stdout)
+    found = Counter("skip" if "skip" in spec else spec["format"] for spec in said["layers"].values())
+    assert found == {"float8_e4m3fn": 3, kept: 1} and said["budget"]["bits"] == 10
+    lrq.quantize(source, tmp_path / "out", target_bits=10)
+    assert said["output_bytes"] == (tmp_path / "out").stat().st_size and lrq.verify(tmp_path / "out", source).ok
+
+
 def test_what_rules_ask_for_stays_and_counts(tmp_path, source):
     flags = ("--custom-layers", "fc1", "--custom-type", "int8", "--simple")
     result = run("convert", "-i", source, "-o", tmp_path / "out", "--target_bits", 6, *flags)
@@ -111,8 +124,8 @@ def test_what_a_preset_stores_wider_than_nvfp4_stays_so(tmp_path):
 def test_weights_that_nvfp4_does_not_take_have_the_other_formats(tmp_path):
     source = save(tmp_path / "in", {f"blocks.{i}.fc.weight": normal(64, 24, seed=i) for i in range(3)})
     assert "the smallest formats that the layers take need " in run("plan", source, "--target_bits", 4.2).stderr
-    lrq.quantize(source, tmp_path / "out", target_bits=16.5)
-    assert lrq.verify(tmp_path / "out", source).ok
+    summary = lrq.quantize(source, tmp_path / "out", target_bits=12)
+    assert lrq.verify(tmp_path / "out", source).ok and summary.formats.keys() == {"fp8", "bfloat16"}
 
 
 def test_the_output_is_named_after_the_target(tmp_path):
