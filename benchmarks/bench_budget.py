@@ -1,8 +1,10 @@
 """What --target_bits buys on two real models, beside one format for all layers and beside layers widened in file order.
 
     python benchmarks/bench_budget.py [--json benchmarks/results/budget.json]
+    python benchmarks/bench_budget.py --effects
 
-Files are those of the default, learned rounding. Distances are those of bench_quality.py.
+Files are those of the default, learned rounding. Distances are those of bench_quality.py. With ``--effects``: what a
+target leaves of the effects of single layers, each measured by itself, beside the least that could be left.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import itertools
 import json
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ from lrq.checkpoint.reader import Reader
 from lrq.config import Conversion
 from lrq.formats import FORMATS
 from lrq.plan import make_plan
-from lrq.selection.budget import stored_bits
+from lrq.selection.budget import SOURCE, Point, allocate, stored_bits, weight_of_error
+from lrq.selection.evenness import evenness
+from lrq.selection.heuristics import nearest, relative_error
 from measure import machine
 
 TARGETS = (5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 8.0, 8.25)
@@ -81,11 +86,57 @@ def bench(samples: int) -> list[dict[str, object]]:
     return rows
 
 
+def effects(samples: int) -> None:
+    """By model and target: the sum of the effects that stay, over the least possible, with evenness and without."""
+    encoder, sentences = real_models.MiniLM(real_models.english_sentences(256)), real_models.load_minilm()
+    transformer, digits = real_models.DigitsDiT(samples), real_models.load_digits()
+    embeddings, images = encoder.embed(sentences), transformer.sample(digits)
+    models: dict[str, tuple[Path, real_models.State, Callable[[real_models.State], float]]] = {
+        "minilm": (
+            real_models.minilm_folder() / "model.safetensors",
+            sentences,
+            lambda state: encoder.distance(embeddings, state),
+        ),
+        "digits": (
+            real_models.DIGITS,
+            digits,
+            lambda state: transformer.distances(images, state).square().mean().item(),
+        ),
+    }
+    for model, (source, original, distance) in models.items():
+        points: dict[str, dict[str, list[Point]]] = {"measured": {}, "evenness": {}, "plain": {}}
+        with Reader(source) as reader:
+            for layer in make_plan(reader, Conversion()).layers:
+                w = reader.read(layer.source.name).float()
+                (key,) = (name for name in original if name.endswith(layer.source.name))
+                even, rows = evenness(w), weight_of_error(layer.source.shape)
+                for fmt in (NARROW, WIDE):
+                    bits, error = stored_bits(fmt, layer.source.shape), rows * relative_error(fmt, w) ** 2
+                    effect = distance({**original, key: nearest(fmt, w).to(original[key].dtype)})
+                    for way, value in (("measured", effect), ("evenness", even * error), ("plain", error)):
+                        points[way].setdefault(layer.name, []).append(Point(fmt.name, bits, value))
+                for way in points:
+                    points[way][layer.name].append(Point(SOURCE, 16 * w.numel(), 0.0))
+        known = {(name, p.name): p.error for name, some in points["measured"].items() for p in some}
+        weights = sum(some[-1].bits // 16 for some in points["plain"].values())
+        for target in (*TARGETS, 8.5, 9.0, 10.0, 12.0):
+            left = {}
+            for way, layers in points.items():
+                chosen = allocate(layers, math.floor(target * weights)).chosen
+                left[way] = sum(known[name, point.name] for name, point in chosen.items())
+            ratios = "  ".join(f"{way} {left[way] / left['measured']:.3f}" for way in ("evenness", "plain"))
+            print(f"{model}  {target:g}  {ratios}", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--effects", action="store_true", help="the effects of single layers instead")
     options = parser.parse_args()
+    if options.effects:
+        effects(options.samples)
+        raise SystemExit
     results = bench(options.samples)
     if options.json:
         document = {"machine": machine(torch.device("cpu")), "results": results}

@@ -160,7 +160,8 @@ class Selection:
     )
     fallback: str | None = _setting(
         None,
-        "Format of layers that are excluded, by a preset or --exclude_layers [default: as they are].",
+        "Format of layers that are excluded, by a preset or --exclude_layers; bfloat16 halves float32 ones [default: as "
+        "they are].",
         metavar="TYPE",
     )
     custom_layers: tuple = _setting(
@@ -170,7 +171,7 @@ class Selection:
         multiple=True,
     )
     custom_type: str | None = _setting(
-        None, "Format of --custom_layers: fp8, fp8-row, int8, int8-row, nvfp4, mxfp8, ...", metavar="TYPE"
+        None, "Format of --custom_layers: fp8, fp8-row, int8, int8-row, nvfp4, mxfp8, bfloat16, ...", metavar="TYPE"
     )
     layer_config: dict | None = _setting(None, "Formats by regular expression.", flag=False)  # noqa: RUF009
     fullmatch: bool = _setting(False, "Regular expressions must match the whole name of a layer.")
@@ -184,8 +185,8 @@ class Selection:
     )
     target_bits: float | None = _setting(
         None,
-        "Bits a weight of the quantized layers, with scales: NVFP4, FP8, MXFP8 or the source's own by layer, so that "
-        "the summed error is least.",
+        "Bits a weight of the quantized layers, with scales: NVFP4, FP8, MXFP8, bfloat16 or the source's own by layer, "
+        "so that the summed error is least.",
         minimum=1.0,
         maximum=64.0,
     )
