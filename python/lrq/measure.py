@@ -25,6 +25,7 @@ from lrq.selection.inputs import Inputs
 from lrq.selection.layer import Layer
 from lrq.selection.storage import spec_of
 from lrq.staging.memory import SLACK, SPREAD, megabytes
+from lrq.staging.naming import check_largest
 from lrq.staging.process import resident, return_large_blocks
 
 STEP = 0.25
@@ -103,7 +104,10 @@ def measure_layers(
         check_memory([layer for layer in plan.layers if layer.name in formats], limit)
 
     def read(name: str) -> Tensor:
-        return source.read(f"{name}{SUFFIX}").to(device)
+        w = source.read(f"{name}{SUFFIX}").to(device)
+        low, high = w.aminmax()
+        check_largest(source.path, f"{name}{SUFFIX}", max(-low.item(), high.item()))
+        return w
 
     changed: dict[str, dict[str, Any]] = {}
     if selection.heur:
@@ -164,15 +168,8 @@ def _spend(
 ) -> tuple[dict[str, dict[str, Any]], Budget]:
     """The rules that spend the budget; layers whose format is fixed take their part of it."""
     target = conversion.selection.target_bits or 0.0
-    points: dict[str, list[Point]] = {}
-    for name, (layer, formats) in free.items():
-        shape, w, stats = layer.source.shape, read(name), inputs.read(layer)
-        counts = weight_of_error(shape) * (evenness(w) if stats is None else 1.0)
-        sizes = {fmt: stored_bits(fmt, shape) for fmt in formats if fmt.refusal(shape) is None}
-        points[name] = [Point(fmt.name, bits, counts * _error(fmt, w, stats) ** 2) for fmt, bits in sizes.items()]
-        if layer.source.dtype in bfloat16.WIDER:
-            points[name].append(Point(bfloat16.NAME, 16 * math.prod(shape), counts * _error(None, w, stats) ** 2))
-        points[name].append(Point(SOURCE, 8 * layer.source.size, 0.0))
+    # By a function: one layer is in memory at a time.
+    points = {name: _points(*choice, read(name), inputs.read(choice[0])) for name, choice in free.items()}
     taken = sum(stored_bits(layer.format, layer.source.shape) for layer in fixed)
     shapes = [layer.source.shape for layer in (*fixed, *(layer for layer, _ in free.values()))]
     weights = sum(map(math.prod, shapes))
@@ -187,6 +184,17 @@ def _spend(
     why = {"_why": f"--target_bits {target:g}"}
     rules = {name: _rule(free[name][0], point) | why for name, point in bought.chosen.items()}
     return rules, Budget(target, round((spent + taken) / weights, 4), _percent(left, outputs), _thinned(curve))
+
+
+def _points(layer: Layer, formats: Sequence[Format], w: Tensor, stats: InputStats | None) -> list[Point]:
+    """What a layer takes and loses in each format, and as it is."""
+    shape = layer.source.shape
+    counts = weight_of_error(shape) * (evenness(w) if stats is None else 1.0)
+    sizes = {fmt: stored_bits(fmt, shape) for fmt in formats if fmt.refusal(shape) is None}
+    points = [Point(fmt.name, bits, counts * _error(fmt, w, stats) ** 2) for fmt, bits in sizes.items()]
+    if layer.source.dtype in bfloat16.WIDER:
+        points.append(Point(bfloat16.NAME, 16 * math.prod(shape), counts * _error(None, w, stats) ** 2))
+    return [*points, Point(SOURCE, 8 * layer.source.size, 0.0)]
 
 
 def _rule(layer: Layer, chosen: Point) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -26,13 +25,11 @@ from lrq.rounding.solve import Outcome, layer_seed, quantize_layer
 from lrq.selection.layer import Layer
 from lrq.staging.conveyor import Conveyor, Load, Step
 from lrq.staging.memory import MemoryPlan
-from lrq.staging.naming import naming
+from lrq.staging.naming import check_largest, naming
 from lrq.staging.places import place_on
 from lrq.staging.tiles import Tile
 from lrq.staging.workers import Workers
 
-LARGEST = 2.0**100
-"""A larger weight could leave float32: rounded up to the next value of a grid, or summed over a ConvRot group."""
 MEASURE, QUANTIZE = "measure", "quantize"
 """What a tile is read for: its largest weight, or its codes."""
 
@@ -279,13 +276,7 @@ class _Quantizer:
         if w.dtype == torch.float64:
             w = w.float()
         largest = lrq_kernels.amax(w).amax().item()
-        # Written so that NaN fails.
-        if not largest <= LARGEST:
-            what = f"the value {largest:.3g}, beyond every format" if math.isfinite(largest) else "NaN or Inf"
-            raise InputError(
-                f"{self._source.path}: {printable(entry.name)} holds {what}; repair the source, or leave the layer "
-                "away with --exclude_layers"
-            )
+        check_largest(self._source.path, entry.name, largest)
         return w, largest
 
 

@@ -142,6 +142,7 @@ def nothing_to_quantize(source: Reader, made: Plan | Decisions, conversion: Conv
     reasons = [f"{counted(len(kind), 'layer')}: {kind[0]}" for kind in kinds[:MOST_REASONS]]
     reasons += ["..."] * (len(kinds) > MOST_REASONS)
     model = f"; the model is {describe(made.parts)}" if conversion.selection.preset else ""
+    model += "; choose a smaller --target_bits" if conversion.selection.target_bits is not None else ""
     why_none = "; ".join(reasons) or "it holds no 2-D *.weight tensor"
     return InputError(f"{source.path}: no layer can be quantized ({why_none}){model}")
 

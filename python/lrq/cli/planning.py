@@ -101,7 +101,7 @@ def dry_run(
     if kind == "create-template":
         if len(names) > 1:
             raise InputError(f"--dry-run create-template: is of one checkpoint, not of {len(names)}; give one -i")
-        _write_template(names[0], what, device, output)
+        _write_template(names[0], what, execution, device, output)
         return 0
     failed = 0
     for name in names:
@@ -115,11 +115,11 @@ def dry_run(
     return failed
 
 
-def _write_template(source: str, what: Wanted, device: str, output: str | None) -> None:
+def _write_template(source: str, what: Wanted, execution: Execution, device: str, output: str | None) -> None:
     path = Path(output) if output else Path(source).with_name(f"{Path(source).stem}-layers.json")
     with Reader(source) as reader:
         conversion, made = (what, None) if isinstance(what, Conversion) else what.read(reader)
-        conversion, _ = _decided(reader, conversion, choose_device(device), False)
+        conversion, _ = _decided(reader, conversion, choose_device(device), False, execution.ram_bytes)
         table = planned.template(make_plan(reader, conversion, True, made), reader.entries)
     if path.exists():
         raise InputError(f"{path}: exists; name another file with -o")
@@ -165,7 +165,7 @@ def print_plan(
     with paused_collection(), Reader(source) as reader:
         conversion, made = (what, None) if isinstance(what, Conversion) else what.read(reader)
         asked = conversion
-        conversion, budget = _decided(reader, conversion, chosen, measure)
+        conversion, budget = _decided(reader, conversion, chosen, measure, execution.ram_bytes)
         plan = make_plan(reader, conversion, True, made if conversion is asked else None)
         needs = estimate(plan, conversion, execution, chosen)
         layout = layout_of(_target(reader, plan, conversion, output), plan, execution)
@@ -192,12 +192,12 @@ def _target(source: Reader, plan: Plan, conversion: Conversion, output: str | No
 
 
 def _decided(
-    source: Reader, conversion: Conversion, device: torch.device, measure: bool
+    source: Reader, conversion: Conversion, device: torch.device, measure: bool, limit: int | None
 ) -> tuple[Conversion, Budget | None]:
     """Without weights nothing can be said of --target_bits, and something of --heur and --max_error."""
     if conversion.selection.target_bits is None and not (measure and measures(conversion)):
         return conversion, None
-    return measure_layers(source, conversion, device)
+    return measure_layers(source, conversion, device, limit)
 
 
 _MEASURED = {

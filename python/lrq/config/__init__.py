@@ -160,8 +160,8 @@ class Selection:
     )
     fallback: str | None = _setting(
         None,
-        "Format of layers that are excluded, by a preset or --exclude_layers; bfloat16 halves float32 ones [default: as "
-        "they are].",
+        "Format of layers that are excluded, by a preset or --exclude_layers; bfloat16: 16 bits instead of 32 "
+        "[default: as they are].",
         metavar="TYPE",
     )
     custom_layers: tuple = _setting(
@@ -290,7 +290,9 @@ class Conversion:
 def _with_floats(part: type, values: dict[str, Any]) -> dict[str, Any]:
     """10 is 10.0 where the field is a float: the same settings are the same bytes in the file."""
     floats = {field.name for field in dataclasses.fields(part) if str(field.type).startswith("float")}
-    return {name: float(value) if name in floats and type(value) is int else value for name, value in values.items()}
+    # What is larger has no float, and no meaning.
+    whole = {name: value for name, value in values.items() if type(value) is int and abs(value) < 1 << 53}
+    return values | {name: float(value) for name, value in whole.items() if name in floats}
 
 
 PARTS: tuple[type, ...] = (Storage, Rounding, Selection, Calibration)

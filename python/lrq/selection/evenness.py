@@ -25,7 +25,8 @@ def evenness(w: Tensor) -> float:
         gram = _gram(matrix, torch.where(largest > 0, largest, 1.0))
         size = largest.item() ** 2
         total += size * gram.diagonal().double().sum().item()
-        fourth += size**2 * torch.linalg.vector_norm(gram, dtype=torch.float64).item() ** 2
+        parts = gram.split(max(1, PART // len(gram)))
+        fourth += size**2 * sum(torch.linalg.vector_norm(part, dtype=torch.float64).item() ** 2 for part in parts)
     count = w.shape[0] if w.dim() == 3 else 1
     return total**2 / (count * min(w.shape[-2:]) * fourth) if fourth > 0 else 1.0
 

@@ -51,8 +51,9 @@ def relative_error(fmt: Format | None, w: Tensor) -> float:
         for part in matrix.split(rows):
             single = part.float()
             stored = nearest(fmt, single, scale)
-            weight += torch.linalg.vector_norm(single).item() ** 2
-            error += torch.linalg.vector_norm(stored - single).item() ** 2
+            # The squares of large weights leave float32.
+            weight += torch.linalg.vector_norm(single, dtype=torch.float64).item() ** 2
+            error += torch.linalg.vector_norm(stored - single, dtype=torch.float64).item() ** 2
     return math.sqrt(error / weight) if weight > 0 else 0.0
 
 

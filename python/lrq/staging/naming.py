@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,20 @@ from lrq.errors import InputError, UnfinishedError, printable
 from lrq.rounding.moments import UnfitStatisticsError
 from lrq.staging.tiles import Tile
 from lrq_kernels.dispatch import BackendError
+
+LARGEST = 2.0**100
+"""A larger weight could leave float32: rounded up to the next value of a grid, or summed over a ConvRot group."""
+
+
+def check_largest(source: Path, tensor: str, largest: float) -> None:
+    """Raise :class:`InputError` where the largest magnitude of a tensor is beyond every format, or is none."""
+    # Written so that NaN fails.
+    if not largest <= LARGEST:
+        what = f"the value {largest:.3g}, beyond every format" if math.isfinite(largest) else "NaN or Inf"
+        raise InputError(
+            f"{source}: {printable(tensor)} holds {what}; repair the source, or leave the layer away with "
+            "--exclude_layers"
+        )
 
 
 @contextlib.contextmanager

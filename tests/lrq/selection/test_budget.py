@@ -193,8 +193,38 @@ def test_a_default_that_names_no_format_leaves_the_choice(tmp_path, source):
 @pytest.mark.parametrize("target", [16, 20, 32])
 def test_a_target_that_leaves_all_as_it_is_ends_plan_and_conversion_alike(tmp_path, target):
     source = save(tmp_path / "in", {f"{name}.weight": normal(64, 64).bfloat16() for name in "abcdef"})
-    words = f"no layer can be quantized (6 layers: --target_bits {target})"
+    words = f"no layer can be quantized (6 layers: --target_bits {target}); choose a smaller --target_bits"
     for command in (("plan", source), ("convert", "-i", source, "--dry-run"), ("convert", "-i", source)):
         result = run(*command, "--target_bits", target)
         (line,) = result.stderr.splitlines()
         assert result.exit_code == 2 and line.startswith("error: ") and words in line
+
+
+@pytest.mark.parametrize(
+    "value, words", [(torch.nan, "NaN or Inf"), (torch.inf, "NaN or Inf"), (3e38, "the value 3e+38")]
+)
+def test_what_can_not_be_measured_is_named(tmp_path, value, words):
+    layers = {f"blocks.{i}.fc.weight": normal(64, 64, seed=i) for i in range(3)}
+    layers["blocks.1.fc.weight"][3, 4] = value
+    source = save(tmp_path / "in", layers)
+    for flags in (("--target_bits", 12), ("--nvfp4", "--max_error", 0.05, "--measure")):
+        result = run("plan", source, *flags)
+        (line,) = result.stderr.splitlines()
+        assert result.exit_code == 2 and f"blocks.1.fc.weight holds {words}" in line
+
+
+def test_large_weights_have_the_errors_of_small_ones(tmp_path):
+    said = []
+    for i, scale in enumerate((1e-10, 1.0, 2.0**90)):
+        layers = {f"blocks.{j}.fc.weight": normal(64, 64 << j, seed=j) * scale for j in range(2)}
+        source = save(tmp_path / f"{i}", layers)
+        said.append(json.loads(run("plan", source, "--target_bits", 6, "--json").stdout)["budget"])
+    assert said[1] == said[2] and said[0]["error"] == pytest.approx(said[1]["error"], rel=0.02)
+
+
+def test_a_setting_is_the_same_as_an_integer_and_a_huge_one_is_an_error(tmp_path, source):
+    for target in (10, 10.0):
+        lrq.quantize(source, tmp_path / f"{target}", target_bits=target, simple=True)
+    assert (tmp_path / "10").read_bytes() == (tmp_path / "10.0").read_bytes()
+    with pytest.raises(InputError, match=r"--target_bits: must be from 1\.0 to 64\.0"):
+        lrq.quantize(source, tmp_path / "out", target_bits=10**400)

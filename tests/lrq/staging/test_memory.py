@@ -109,6 +109,18 @@ def test_what_is_measured_first_keeps_the_bound_too(tmp_path, source, flags):
     assert max(measured, predicted) <= float(advised)
 
 
+def test_layers_are_measured_one_after_the_other(tmp_path):
+    layers = {f"blocks.{i}.fc.weight": normal(3000, 3000, seed=i) for i in range(2)}
+    source = save(tmp_path / "in.safetensors", layers)
+    flags = ("--target_bits", "12", "--max_ram")
+    refused = launch(source, tmp_path / "out", "--simple", *flags, "1MB").stderr
+    assert "layer blocks.0.fc [3000, 3000]: is measured whole" in refused
+    assert "layer blocks.0.fc [3000, 3000]: is measured whole" in run("plan", source, *flags, "1MB").stderr
+    advised = re.search(r"raise it to ([\d.]+) MB", refused)[1]
+    measured, predicted = peaks(source, tmp_path / "out", "--simple", *flags, f"{advised}MB")
+    assert max(measured, predicted) <= float(advised)
+
+
 def test_statistics_leave_the_memory_with_their_layer(tmp_path):
     tensors = {f"blocks.{i}.fc.weight": normal(64, 2048, seed=i).bfloat16() for i in range(16)}
     gram = torch.eye(2048)
