@@ -63,13 +63,20 @@ def pack_e2m1(y, w, HARDWARE: tl.constexpr, SATURATE: tl.constexpr):
         word = tl.inline_asm_elementwise(_PAIRS, "=r,f,f,f,f,f,f,f,f", signed, dtype=tl.int32, is_pure=True, pack=1)
         return word.to(tl.uint32, bitcast=True)
     codes = _biased_e2m1(y[6], SATURATE)
-    signs = w[6].to(tl.uint32, bitcast=True) >> 28
     for i in tl.static_range(7):
         codes = (codes << 4) + _biased_e2m1(y[(6 - i) ^ 1], SATURATE)
+    # What is left of the eight biases.
+    return (codes - 0xFB000000) | pack_signs(w)
+
+
+@triton.jit
+def pack_signs(w):
+    """The sign bits of eight codes in their places, uint32."""
+    signs = w[6].to(tl.uint32, bitcast=True) >> 28
+    for i in tl.static_range(7):
         # A funnel shift: three bits of the exponent come along.
         signs = signs << 4 | w[(6 - i) ^ 1].to(tl.uint32, bitcast=True) >> 28
-    # What is left of the eight biases.
-    return (codes - 0xFB000000) | (signs & 0x88888888)
+    return signs & 0x88888888
 
 
 @triton.jit

@@ -8,44 +8,27 @@ from torch import Tensor
 from lrq_kernels.dispatch import kernel
 from lrq_kernels.triton.amax import amax_bits
 from lrq_kernels.triton.arithmetic import largest
-from lrq_kernels.triton.blocks import load_16, load_scales, place_blocks, programs, store_scales, store_values
+from lrq_kernels.triton.blocks import load_16, load_scales, place_blocks, programs, store_values
 from lrq_kernels.triton.launch import INTERPRETED, accepts, current, dense, has_e4m3, matrices_of, size_refusal
-from lrq_kernels.triton.minifloat import MAX_E2M1, MAX_E4M3, decode_e2m1, decode_signed_e4m3, encode_e4m3
+from lrq_kernels.triton.minifloat import decode_e2m1, decode_signed_e4m3, encode_e4m3
 from lrq_kernels.triton.nvfp4_rule import (
     LEAST_OUTER,
     MOST_OUTER,
     encode_blocks,
-    encode_blocks_quickly,
+    load_outer,
     quick_rule,
     ratio_of,
+    store_blocks,
 )
+from lrq_kernels.triton.nvfp4_search import search_kernel, table_of
 from lrq_kernels.triton.quotient import reciprocal
-from lrq_kernels.triton.search import best_scales, may_fuse
 
+FUSED = not INTERPRETED
+"""Whether products and sums have one rounding: the interpreter fuses nothing."""
 _RULE = {"BLOCKS": 256, "num_warps": 2}
 # One warp: blocks wait for the slowest of their program, and its vote takes no barrier.
 _SEARCH = {"BLOCKS": 32, "num_warps": 1}
 _EXPAND = {"BLOCKS": 256, "num_warps": 4}
-
-
-@triton.jit
-def load_outer(outer_source, tensor_scale, first, GIVEN: tl.constexpr):
-    """The tensor scale of this program's matrix; the ``first`` program of the matrix stores it."""
-    outer = tl.load(outer_source + tl.program_id(1))
-    if not GIVEN:
-        outer = tl.div_rn(outer.to(tl.float32, bitcast=True), MAX_E4M3 * MAX_E2M1)
-        outer = tl.where(outer == 0, 1.0, outer)
-    if first:
-        tl.store(tensor_scale + tl.program_id(1), outer)
-    return outer
-
-
-@triton.jit
-def store_blocks(codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows):
-    batch = tl.program_id(1).to(tl.int64)
-    place = codes + (batch * coded_rows + row) * coded_blocks + block
-    tl.store(place, packed, (row < coded_rows) & (block < coded_blocks))
-    store_scales(block_scales, position, scale, scale_rows, coded_blocks)
 
 
 @triton.jit
@@ -89,46 +72,6 @@ def rule_kernel(
             store_blocks(
                 codes, block_scales, few, ruled, place[0], place[1], place[2], coded_rows, coded_blocks, scale_rows
             )
-
-
-@triton.jit
-def search_kernel(
-    x,
-    outer_source,
-    codes,
-    block_scales,
-    tensor_scale,
-    coherence,
-    batch_stride,
-    row_stride,
-    rows,
-    columns,
-    coded_rows,
-    coded_blocks,
-    scale_rows,
-    BLOCKS: tl.constexpr,
-    GIVEN: tl.constexpr,
-    FUSED: tl.constexpr,
-    HARDWARE: tl.constexpr,
-):
-    """BLOCKS blocks, neighbours among the swizzled scales, each with the scale that serves it best."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    outer = load_outer(outer_source, tensor_scale, tile == 0, GIVEN)
-    row, block, position = place_blocks(tile, tl.arange(0, BLOCKS), coded_blocks, BLOCKS)
-    weights = load_16(x, row, block * 16, batch_stride, row_stride, rows, columns)
-    magnitudes = [tl.abs(w) for w in weights]
-    amax = largest(magnitudes)
-    ratio = ratio_of(amax, outer)
-    fused = False
-    if FUSED:
-        fused = may_fuse(outer)
-    if fused:
-        scale = best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS, FUSED)
-        packed = encode_blocks_quickly(weights, scale, outer, HARDWARE)
-    else:
-        scale = best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS, False)
-        packed = encode_blocks(weights, scale, outer, HARDWARE)
-    store_blocks(codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows)
 
 
 @triton.jit
@@ -213,11 +156,13 @@ def quantize_nvfp4(
             block_scales.shape[-2],
         )
         grid = _quantize_programs(x, given_scale, coherence), batch
-        fixed = dict(config, GIVEN=given, FUSED=not INTERPRETED, HARDWARE=_hardware(x), enable_fp_fusion=False)
+        fixed = dict(config, GIVEN=given, FUSED=FUSED, HARDWARE=_hardware(x), enable_fp_fusion=False)
         if coherence is None:
             rule_kernel[grid](*tensors, *sizes, CHUNK=_chunk(config), **fixed)
         else:
-            search_kernel[grid](*tensors, float(coherence), *sizes, **fixed)
+            gamma = float(coherence)
+            table = table_of(tensors[1], given, batch, gamma) if FUSED and x.dtype == torch.bfloat16 else None
+            search_kernel[grid](*tensors, table, gamma, *sizes, **fixed)
 
 
 def _expand_programs(

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from lrq_kernels.triton.arithmetic import largest
+from lrq_kernels.triton.blocks import store_scales
 from lrq_kernels.triton.minifloat import MAX_E2M1, MAX_E4M3, decode_e4m3, encode_e4m3, pack_e2m1
 from lrq_kernels.triton.quotient import quotient, serves, times, two_part_reciprocal
 
@@ -59,3 +60,29 @@ def quick_rule(weights, outer, by_outer, HARDWARE: tl.constexpr):
     packed = pack_blocks([times(w, high, low) for w in weights], weights, HARDWARE, False)
     right = (ratio >= _LEAST_NORMAL) & (ratio <= MAX_E4M3 + 0.5) & serves(total)
     return scale, tl.where(amax == 0, 0, packed), right | (amax == 0)
+
+
+@triton.jit
+def outer_of_amax(bits):
+    """The tensor scale of a matrix from the bits of its amax."""
+    outer = tl.div_rn(bits.to(tl.float32, bitcast=True), MAX_E4M3 * MAX_E2M1)
+    return tl.where(outer == 0, 1.0, outer)
+
+
+@triton.jit
+def load_outer(outer_source, tensor_scale, first, GIVEN: tl.constexpr):
+    """The tensor scale of this program's matrix; the ``first`` program of the matrix stores it."""
+    outer = tl.load(outer_source + tl.program_id(1))
+    if not GIVEN:
+        outer = outer_of_amax(outer)
+    if first:
+        tl.store(tensor_scale + tl.program_id(1), outer)
+    return outer
+
+
+@triton.jit
+def store_blocks(codes, block_scales, packed, scale, row, block, position, coded_rows, coded_blocks, scale_rows):
+    batch = tl.program_id(1).to(tl.int64)
+    place = codes + (batch * coded_rows + row) * coded_blocks + block
+    tl.store(place, packed, (row < coded_rows) & (block < coded_blocks))
+    store_scales(block_scales, position, scale, scale_rows, coded_blocks)

@@ -46,6 +46,32 @@ def may_fuse(outer):
 
 
 @triton.jit
+def best_of(magnitudes, candidates, least, unit, outer, coherence):
+    """The best code of each block's candidates, of which bit i is code ``least + i``, by reciprocals.
+
+    ``unit`` takes weights to where nothing over- or underflows; the scales are normal numbers of E4M3.
+    """
+    magnitudes = [m * unit for m in magnitudes]
+    gain = tl.div_rn(unit * 0 + coherence, tree_sum([m * m for m in magnitudes]))
+    best = tl.full(unit.shape, float("inf"), tl.float32)
+    best_code = candidates * 0
+    while tl.max(candidates, axis=0) > 0:
+        code = tl.maximum(least + lowest_bit(candidates), 8)
+        value, _ = _visit(magnitudes, outer * decode_e4m3(code) * unit, gain, True)
+        wins = (candidates != 0) & (value < best)
+        best = tl.where(wins, value, best)
+        best_code = tl.where(wins, code, best_code)
+        candidates &= candidates - 1
+    return best_code
+
+
+@triton.jit
+def lowest_bit(bits):
+    """Index of the lowest one."""
+    return ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
 def _open_phases(bounds, best):
     """Bit j says whether a candidate of phase j can still win."""
     low = (bounds[0] <= best).to(tl.int32) | (bounds[1] <= best).to(tl.int32) << 1
@@ -79,15 +105,15 @@ def _next_upwards(code, phase, phases):
 
 
 @triton.jit
-def best_scales(magnitudes, amax, ratio, outer, coherence, BLOCKS: tl.constexpr, FUSED: tl.constexpr):
-    """Code of the best scale of every block, int32; 0 where every weight would round to zero.
+def best_scales(magnitudes, amax, ratio, outer, coherence, wanted, BLOCKS: tl.constexpr, FUSED: tl.constexpr):
+    """Code of the best scale of every block that is ``wanted``, int32; 0 where every weight would round to zero.
 
     ``magnitudes`` are the 16 weights of the blocks without their signs: no term of the objective depends on them.
     FUSED by reciprocals, where `may_fuse`.
     """
     start = tl.maximum(encode_e4m3(ratio), 1)
     total = outer * decode_e4m3(start)
-    live = (amax > 0) & (total > 0)
+    live = wanted & (amax > 0) & (total > 0)
     saturates = tl.div_rn(amax, tl.where(live, total, 1.0)) > MAX_E2M1
     start = tl.minimum(start + saturates.to(tl.int32), LAST_SCALE)
     total = tl.where(live, outer * decode_e4m3(start), 1.0)
