@@ -11,7 +11,7 @@ import triton.language as tl
 from lrq_kernels.triton.arithmetic import tree_sum
 from lrq_kernels.triton.minifloat import encode_e4m3
 from lrq_kernels.triton.nvfp4_rule import outer_of_amax
-from lrq_kernels.triton.quotient import quotient, reciprocal
+from lrq_kernels.triton.quotient import quotient, reciprocal, times, two_part_reciprocal
 from lrq_kernels.triton.search import lowest_bit, may_fuse
 from lrq_kernels.triton.words import dot_bytes, dot_high, dot_low, load_four, permute, select, slope
 
@@ -42,8 +42,9 @@ def _codes_from(weight, mantissa, phase, FIRST: tl.constexpr):
     codes = phase * 0
     for i in tl.static_range(8):
         code = phase + (FIRST + 7 - i)
-        scale = mantissa * decode_normal(code + 56)
-        codes = codes * 16 + tl.where(weight == 0, 0, nearest_code(tl.div_rn(weight, scale)))
+        # Where reciprocals don't serve the table does not either.
+        high, low = two_part_reciprocal(mantissa * decode_normal(code + 56))
+        codes = codes * 16 + nearest_code(times(weight, high, low))
     return codes
 
 

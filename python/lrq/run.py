@@ -31,7 +31,7 @@ from lrq.report.verification import LayerReport, Verification, verify_file
 from lrq.selection.inputs import FILES
 from lrq.selection.resolve import resolve
 from lrq.staging.memory import MemoryPlan, plan_memory
-from lrq.staging.process import peak
+from lrq.staging.process import give_back_workspaces, peak
 from lrq_kernels._version import __version__
 from lrq_kernels.dispatch import forced_backend
 
@@ -116,6 +116,9 @@ def quantize(
     conversion.check()
     chosen = choose_device(device)
     if chosen.type == "cuda":
+        if execution.max_vram is not None:
+            # What other work of this process left there is not counted in the bound.
+            give_back_workspaces(chosen)
         torch.cuda.reset_peak_memory_stats(chosen)
     with Reader(source) as reader:
         budget = None

@@ -109,8 +109,9 @@ def test_compiles_without_a_gpu(architecture: int, tmp_path: Path, monkeypatch) 
     for case in every():
         kernel = for_absent(architecture, case)
         ptx = kernel.asm["ptx"]
-        inexact = re.findall(r"div\.full\S*|\S+\.approx\S*|\S+\.ftz\S*", ptx)
-        assert not inexact, case[0]
+        inexact = set(re.findall(r"div\.full\S*|\S+\.approx\S*|\S+\.ftz\S*", ptx))
+        # What the correctly rounded reciprocal starts from.
+        assert inexact <= ({"rcp.approx.ftz.f32"} if case[0] == "table" else set()), case[0]
         usage = resource_usage(kernel, tmp_path)
         assert "STACK:0 " in usage and "LOCAL:0 " in usage, f"{case[0]}: {usage}"
         # 16 bytes at once.

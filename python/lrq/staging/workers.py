@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lrq.staging.process import give_back_workspaces
+
 R = TypeVar("R")
 
 
@@ -65,3 +67,5 @@ class Workers:
     ) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=kind is not None)
+            # Its streams are nobody's any more.
+            give_back_workspaces(self._device)

@@ -13,6 +13,7 @@ from lrq.errors import InputError
 from lrq.execution import Execution
 from lrq.formats import FORMATS
 from lrq.staging import memory
+from lrq.staging.process import give_back_workspaces
 
 TENSORS = {
     "blocks.0.ragged.weight": normal(300, 80, seed=1).bfloat16(),
@@ -133,7 +134,6 @@ def test_tiles_on_a_gpu_give_the_same_bytes_within_the_bound(tmp_path):
     tensors = {f"blocks.{i}.fc.weight": normal(4096, 4096, seed=i).bfloat16() for i in range(6)}
     source = save(tmp_path / "in.safetensors", tensors)
     on_cpu = converted(source, "cpu", device="cpu", nvfp4=True)
-    torch.cuda.empty_cache()
     quantize(source, tmp_path / "out", nvfp4=True, simple=True, device="cuda", execution=Execution(max_vram="120MB"))
     assert (tmp_path / "out").read_bytes() == on_cpu
     assert torch.cuda.max_memory_reserved() <= 120e6
@@ -143,7 +143,7 @@ def test_tiles_on_a_gpu_give_the_same_bytes_within_the_bound(tmp_path):
 def test_a_gpu_too_small_is_an_error_that_names_layer_need_and_flag(tmp_path, monkeypatch):
     tensors = {f"blocks.{i}.fc.weight": normal(4096, 4096, seed=i).bfloat16() for i in range(6)}
     source = save(tmp_path / "in.safetensors", tensors)
-    torch.cuda.empty_cache()
+    give_back_workspaces(torch.device("cuda"))
     free = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(40e6 / free)
     try:
