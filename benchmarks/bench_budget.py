@@ -59,7 +59,7 @@ def settings_of(source: Path, target: float) -> dict[str, dict[str, Any]]:
     return {"target_bits": {"target_bits": target}, "file order" if uniform is None else uniform: other}
 
 
-def bench(samples: int) -> list[dict[str, object]]:
+def bench(samples: int, seed: int) -> list[dict[str, object]]:
     encoder = real_models.MiniLM(real_models.english_sentences(512))
     sentences, digits = real_models.load_minilm(), real_models.load_digits()
     transformer = real_models.DigitsDiT(samples)
@@ -70,7 +70,7 @@ def bench(samples: int) -> list[dict[str, object]]:
         for target, (model, source) in itertools.product(TARGETS, files.items()):
             original = sentences if model == "minilm" else digits
             for who, settings in settings_of(source, target).items():
-                summary = lrq.quantize(source, Path(folder) / "out.safetensors", **settings)
+                summary = lrq.quantize(source, Path(folder) / "out.safetensors", seed=seed, **settings)
                 state = real_models.load_converted(summary.output, original)
                 row: dict[str, object] = {"target": target, "model": model, "who": who, "bytes": summary.output_size}
                 if model == "minilm":
@@ -131,13 +131,14 @@ def effects(samples: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of learned rounding")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--effects", action="store_true", help="the effects of single layers instead")
     options = parser.parse_args()
     if options.effects:
         effects(options.samples)
         raise SystemExit
-    results = bench(options.samples)
+    results = bench(options.samples, options.seed)
     if options.json:
         document = {"machine": machine(torch.device("cpu")), "results": results}
         options.json.write_text(json.dumps(document, indent=1) + "\n")

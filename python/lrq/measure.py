@@ -42,7 +42,7 @@ class Budget:
     error: float
     """Percent, as a root mean square over all outputs: projected, or that of statistics of the inputs."""
     curve: list[tuple[float, float]]
-    """Bits and error of other targets, from the least to the source's own."""
+    """Bits and error of other targets, from the least on, as far as something is quantized."""
 
 
 def measures(conversion: Conversion) -> bool:
@@ -176,11 +176,17 @@ def _spend(
     outputs = sum(weight_of_error(layer.source.shape) for layer, _ in free.values())
     least = (least_bits(points) + taken) / weights
     if target < least:
-        raise InputError(f"--target_bits {target:g}: the smallest formats that the layers take need {least:.4f} bits")
+        with_rules = ", with those that rules choose," if fixed else ""
+        raise InputError(
+            f"--target_bits {target:g}: the smallest formats that the layers take{with_rules} need {least:.4f} bits"
+        )
     bought = allocate(points, math.floor(target * weights) - taken)
     spent = sum(point.bits for point in bought.chosen.values())
     left = sum(point.error for point in bought.chosen.values())
-    curve = [(round((bits + taken) / weights, 4), _percent(error, outputs)) for bits, error in bought.corners]
+    # From there on nothing would be quantized.
+    end = math.inf if fixed else sum(min(p.bits for p in some if p.name not in FORMATS) for some in points.values())
+    corners = [corner for corner in bought.corners if corner[0] < end]
+    curve = [(round((bits + taken) / weights, 4), _percent(error, outputs)) for bits, error in corners]
     why = {"_why": f"--target_bits {target:g}"}
     rules = {name: _rule(free[name][0], point) | why for name, point in bought.chosen.items()}
     return rules, Budget(target, round((spent + taken) / weights, 4), _percent(left, outputs), _thinned(curve))

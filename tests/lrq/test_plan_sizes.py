@@ -72,7 +72,7 @@ def test_a_batch_names_what_it_cannot_convert_and_goes_on(tmp_path):
     result = run("convert", "-i", tmp_path / "*.safetensors", "--dry-run")
     (line,) = result.stderr.splitlines()
     assert result.exit_code == 2 and line.startswith("error: ") and "a.safetensors: no layer can be" in line
-    assert "1 layers to fp8" in result.stdout
+    assert "1 layer to fp8" in result.stdout
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from lrq.cli.options import given_settings
 from lrq.cli.progress import budget_line, model_line, sized
 from lrq.cli.tables import console
 from lrq.config import Conversion
-from lrq.errors import InputError, printable
+from lrq.errors import InputError, counted, printable
 from lrq.estimate import Estimate, estimate
 from lrq.execution import Execution
 from lrq.formats import bfloat16
@@ -254,7 +254,7 @@ def _print_layers(plan: Plan, verbose: bool) -> None:
 def _say_totals(source: Reader, plan: Plan, layout: Layout, needs: Estimate) -> None:
     quantized_bits, bits = planned.bits_per_weight(plan)
     formats = planned.formats(plan).items() if plan.layers else ()
-    what = ", ".join(f"{count} layers to {name}" for name, count in formats) or "no layer quantized"
+    what = ", ".join(f"{counted(count, 'layer')} to {name}" for name, count in formats) or "no layer quantized"
     weights = sum(math.prod(layer.source.shape) for layer in plan.layers)
     click.echo(f"{what}; {weights} weights, {quantized_bits:.2f} bits each with their scales; {bits:.2f} of all")
     shards = "" if layout.index is None else f"; {len(layout.files)} files and an index of {len(layout.index)} bytes"

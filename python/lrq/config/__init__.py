@@ -241,7 +241,7 @@ class Conversion:
             raise InputError("--optimizer gptq: needs the statistics of --calib; lrq calibrate makes them")
         other = replace(self.storage, nvfp4=False, full_precision_matrix_mult=False) != Storage()
         if self.selection.target_bits is not None and other:
-            raise InputError("--target_bits: chooses among NVFP4, FP8 and MXFP8 by itself; leave other formats away")
+            raise InputError("--target_bits: chooses NVFP4, FP8, MXFP8 or bfloat16 by itself; leave other formats away")
 
     def settings(self) -> dict[str, Any]:
         """The flat view: every flag by its name."""
