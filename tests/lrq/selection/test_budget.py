@@ -82,6 +82,8 @@ def test_the_plan_and_the_file_spend_the_budget(tmp_path, source, target, format
     assert target - 0.5 < said["budget"]["bits"] <= target == said["budget"]["target"]
     bits, errors = zip(*said["budget"]["curve"], strict=True)
     assert list(bits) == sorted(bits) and list(errors) == sorted(errors, reverse=True)
+    # A larger target would quantize nothing.
+    assert 8 < bits[-1] < 16 and run("plan", source, "--target_bits", bits[-1]).exit_code == 0
     (tmp_path / "plan.json").write_text(json.dumps(said))
     lrq.quantize(source, tmp_path / "a", target_bits=target)
     assert run("convert", "-i", source, "-o", tmp_path / "b", "--plan", tmp_path / "plan.json").exit_code == 0
