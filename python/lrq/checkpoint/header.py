@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from json.encoder import encode_basestring as _to_json_string
 from operator import attrgetter
@@ -77,7 +77,7 @@ class Header:
     data_start: int = 0
     """Bytes before the data."""
 
-    @property
+    @cached_property
     def data_size(self) -> int:
         """Bytes of data."""
         return max((entry.end for entry in self.entries), default=0)
