@@ -76,7 +76,7 @@ def parse_size(flag: str, text: str) -> int:
     Raises:
         InputError: not a size, or zero.
     """
-    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([kmgt]i?|)b?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,18})?)\s*([kmgt]i?|)b?\s*", text, re.IGNORECASE)
     size = int(float(found[1]) * _UNITS[found[2].lower()]) if found else 0
     if size < 1:
         raise InputError(f"{flag} {printable(text)}: must be a size, as 8GB or 500MiB")

@@ -195,6 +195,8 @@ def test_a_size_that_is_none_is_refused(tmp_path, source, size):
 def test_sizes():
     read = {text: parse_size("--max_ram", text) for text in ("5GB", "1.5 GiB", "100000", "2m", "3kib")}
     assert list(read.values()) == [5 * 10**9, 3 * 2**29, 100000, 2 * MEGA, 3072]
+    # As programs write what they computed.
+    assert parse_size("--max_ram", f"{512.8 - 50}MB") == pytest.approx(462.8e6)
 
 
 @pytest.mark.parametrize(
