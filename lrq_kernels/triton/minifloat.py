@@ -32,7 +32,7 @@ def nearest_e2m1(magnitude):
 
 
 @triton.jit
-def _biased_e2m1(y, SATURATE: tl.constexpr):
+def biased_e2m1(y, SATURATE: tl.constexpr):
     """0x4b000000 plus the code of the magnitude of ``y``, which is below 7 unless SATURATE."""
     a = tl.abs(y)
     # Each of the three is exact on its octave and too large elsewhere. The products are exact: fused or not.
@@ -62,9 +62,9 @@ def pack_e2m1(y, w, HARDWARE: tl.constexpr, SATURATE: tl.constexpr):
         signed += [_signed(y[4], w[4]), _signed(y[5], w[5]), _signed(y[6], w[6]), _signed(y[7], w[7])]
         word = tl.inline_asm_elementwise(_PAIRS, "=r,f,f,f,f,f,f,f,f", signed, dtype=tl.int32, is_pure=True, pack=1)
         return word.to(tl.uint32, bitcast=True)
-    codes = _biased_e2m1(y[6], SATURATE)
+    codes = biased_e2m1(y[6], SATURATE)
     for i in tl.static_range(7):
-        codes = (codes << 4) + _biased_e2m1(y[(6 - i) ^ 1], SATURATE)
+        codes = (codes << 4) + biased_e2m1(y[(6 - i) ^ 1], SATURATE)
     # What is left of the eight biases.
     return (codes - 0xFB000000) | pack_signs(w)
 

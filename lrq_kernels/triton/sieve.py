@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from lrq_kernels.triton.arithmetic import tree_sum
-from lrq_kernels.triton.minifloat import encode_e4m3
+from lrq_kernels.triton.minifloat import biased_e2m1, encode_e4m3
 from lrq_kernels.triton.nvfp4_rule import outer_of_amax
 from lrq_kernels.triton.quotient import quotient, reciprocal, times, two_part_reciprocal
-from lrq_kernels.triton.search import lowest_bit, may_fuse
+from lrq_kernels.triton.search import LAST_SCALE, lowest_bit, may_fuse
 from lrq_kernels.triton.words import dot_bytes, dot_high, dot_low, load_four, permute, select, slope
 
 FIRST_OCTAVE = tl.constexpr(-2)
@@ -25,7 +25,6 @@ COUNT = tl.constexpr(24)
 BELOW = tl.constexpr(3)
 """Bits of what may win: bit i is code ``first - BELOW + i``."""
 _INSIDE = tl.constexpr((1 << 27) - (1 << 3))
-LAST_CODE = tl.constexpr(126)
 FACTOR = tl.constexpr(0.7)
 _SIXTH = tl.constexpr(0.16666667163372040)
 _DOUBLED = tl.constexpr(0x03020100)
@@ -44,17 +43,8 @@ def _codes_from(weight, mantissa, phase, FIRST: tl.constexpr):
         code = phase + (FIRST + 7 - i)
         # Where reciprocals don't serve the table does not either.
         high, low = two_part_reciprocal(mantissa * decode_normal(code + 56))
-        codes = codes * 16 + nearest_code(times(weight, high, low))
+        codes = codes * 16 + biased_e2m1(times(weight, high, low), True).to(tl.int32, bitcast=True) - _INTEGER
     return codes
-
-
-@triton.jit
-def nearest_code(y):
-    """Code of the nearest E2M1 value of those that are not negative."""
-    fine = (y * 2.0 + 8388608.0).to(tl.int32, bitcast=True)
-    middle = (y + 8388610.0).to(tl.int32, bitcast=True)
-    coarse = (y * 0.5 + 8388612.0).to(tl.int32, bitcast=True)
-    return tl.minimum(tl.minimum(tl.minimum(fine, middle), coarse), _INTEGER + 7) - _INTEGER
 
 
 @triton.jit
@@ -203,7 +193,7 @@ def sieve(magnitudes, amax, outer, coherence, table):
     ratio = quotient(amax * _SIXTH, outer, reciprocal(outer))
     fits = (amax > 2.0**-60) & (amax < 2.0**60) & (ratio >= 2.0**-5) & (ratio <= 504.0)
     ratio = tl.where(fits, ratio, 1.0)
-    first = tl.minimum(encode_e4m3(ratio * FACTOR), LAST_CODE + 1 - COUNT)
+    first = tl.minimum(encode_e4m3(ratio * FACTOR), LAST_SCALE + 1 - COUNT)
     # In units in which twice the largest weight is an integer of 15 bits. Where a smaller one is none, its codes are 0.
     unit = tl.where(fits, (134 << 23) - (most & 0x7F800000) + (134 << 23), 0).to(tl.float32, bitcast=True)
     whole = [(m * unit + 8388608.0).to(tl.int32, bitcast=True) for m in magnitudes]
@@ -242,7 +232,7 @@ def sieve(magnitudes, amax, outer, coherence, table):
     # Doubling a scale that saturates nothing can't lower |E|^2; above the last window there is none.
     a, b = tl.minimum(plain[0], plain[1]), tl.minimum(plain[2], plain[3])
     beyond = tl.minimum(tl.minimum(a, b), tl.minimum(tl.minimum(plain[4], plain[5]), tl.minimum(plain[6], plain[7])))
-    served = fits & (best > total * 2.0**-12) & ((beyond > limit) | (first == LAST_CODE + 1 - COUNT))
+    served = fits & (best > total * 2.0**-12) & ((beyond > limit) | (first == LAST_SCALE + 1 - COUNT))
     served &= _clips(most, half, first - BELOW - 1, limit) == 0
     inside = doubtful & _INSIDE
     code = first - BELOW + lowest_bit(inside)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PART = 1 << 20
-"""Weights that are widened at a time."""
+from lrq.selection.heuristics import PART
 
 
 def evenness(w: Tensor) -> float:
